@@ -1,0 +1,40 @@
+"""qpass: quantized transformer inference on CPUs, inside PyTorch.
+
+torch.compile(model, backend="qpass")       any model; int8 weights by default
+qpass.compile(model, scheme="w4a16-g128")   the same with names
+qpass.explain(model)                        what became of each linear
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qpass.frontends.api import compile
+    from qpass.frontends.explain import explain
+    from qpass.scheme import SCHEMES, Format, Scheme
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "compile": "qpass.frontends.api",
+    "explain": "qpass.frontends.explain",
+    "Scheme": "qpass.scheme",
+    "Format": "qpass.scheme",
+    "SCHEMES": "qpass.scheme",
+}
+
+__all__ = ["SCHEMES", "Format", "Scheme", "compile", "explain"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: ``qpass --help`` and ``import torch`` (whose logging may import qpass) stay fast."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'qpass' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])

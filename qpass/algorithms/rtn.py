@@ -1,0 +1,53 @@
+"""Round to nearest: each group's range is its minimum and maximum, each weight goes to the nearest code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qpass.qweight import QWeight
+from qpass.scheme import Format
+
+_HALF_TINY = 2.0**-14  # the smallest normal float16
+
+
+def rtn(weight: Tensor, format: Format) -> QWeight:
+    """Quantize ``weight`` [N, K] (any float dtype) without data; a pure function.
+
+    Asymmetric: ``scale = (max - min) / max_code`` with the range widened to hold 0, so that 0 is exact. Symmetric:
+    ``scale = absmax / (2**(bits-1) - 1)`` around the middle code. Grouped scales are rounded up to float16, whose
+    half size pays in bandwidth, unless one of the tensor's scales is outside of float16's normal range. A group of
+    zeros gets scale 1 and codes at its zero. Raises ValueError for a weight that holds NaN or infinity.
+    """
+    n, k = weight.shape
+    group = k if format.group is None else format.group
+    groups = format.groups_of(k)
+    w = weight.detach().float()
+    if not bool(torch.isfinite(w).all()):
+        raise ValueError("the weight holds NaN or infinity")
+    w = torch.nn.functional.pad(w, (0, groups * group - k)).view(n, groups, group)
+    if format.symmetric:
+        middle = 1 << (format.bits - 1)
+        scales = w.abs().amax(dim=2) / (middle - 1)
+        zeros = torch.full_like(scales, middle)
+        scales = _storable(scales, format)
+        low = 1  # keeps the codes symmetric around the middle
+    else:
+        lowest, highest = w.amin(dim=2).clamp(max=0), w.amax(dim=2).clamp(min=0)
+        scales = _storable((highest - lowest) / format.max_code, format)
+        zeros = (-lowest / scales).round_().clamp_(0, format.max_code)
+        low = 0
+    codes = (w / scales[..., None]).round_().add_(zeros[..., None]).clamp_(low, format.max_code)
+    codes = codes.to(torch.uint8).view(n, groups * group)[:, :k].contiguous()
+    return QWeight(codes, scales, zeros.to(torch.uint8), format)
+
+
+def _storable(scales: Tensor, format: Format) -> Tensor:
+    """Scales that packing keeps exactly: float16 where a group has its own and the range allows, fp32 otherwise."""
+    tiny = torch.finfo(torch.float32).tiny
+    scales = torch.where(scales > tiny, scales, torch.ones_like(scales))
+    if format.group is None or float(scales.min()) < _HALF_TINY or float(scales.max()) > 32752.0:
+        return scales
+    half = scales.half()
+    above = (half.view(torch.int16) + 1).view(torch.float16)  # a positive float's next is its bit pattern plus one
+    return torch.where(half.float() < scales, above, half).float()

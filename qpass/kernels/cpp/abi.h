@@ -1,0 +1,44 @@
+// The C interface between the torch binding and the kernel units: plain structs and function pointers, no torch, no C++.
+// kernels/plan.py holds the same numbers (formats, dtypes, activations); tests/kernels/test_plan.py compares them.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#define QPASS_ABI 1
+
+enum QpassDtype { QPASS_F32 = 0, QPASS_BF16 = 1, QPASS_F16 = 2 };
+enum QpassActivation { QPASS_NONE = 0, QPASS_RELU = 1, QPASS_GELU = 2, QPASS_GELU_TANH = 3, QPASS_SILU = 4 };
+enum QpassRule { QPASS_A16 = 0, QPASS_A8_TOKEN = 1, QPASS_A8_TOKEN_GROUP = 2 };
+
+// One call of packed_linear: y[m][n] = epilogue(x[m][k] * W). Strides are elements between rows; columns are dense.
+struct QpassCall {
+  const void* x;
+  int64_t x_stride;
+  int64_t m, n, k;  // n counts W's rows: gate and up together when glu
+  int32_t dtype;    // of x, mul, residual and y
+  int32_t activation;
+  int32_t glu;
+  int32_t threads;
+  const uint8_t* packed;
+  const float* bias;  // [n] or null
+  const void* mul;    // [m][outputs] or null
+  int64_t mul_stride;
+  const void* residual;
+  int64_t residual_stride;
+  void* y;
+  int64_t y_stride;
+  uint8_t* prepared;       // activations in the kernel's own form, 64-byte aligned, prepared_bytes() long
+  int64_t rows_per_task;   // set by partition()
+};
+
+// What a kernel unit offers for one format. All functions are reentrant and throw nothing.
+struct QpassKernel {
+  int32_t abi;
+  int32_t format;
+  int64_t (*packed_bytes)(int64_t n, int64_t k, int32_t glu);
+  int64_t (*prepared_bytes)(const QpassCall* call);
+  void (*prepare)(const QpassCall* call, int64_t row_begin, int64_t row_end);
+  int64_t (*partition)(QpassCall* call);  // chooses rows_per_task, returns the number of independent tasks
+  int64_t (*scratch_bytes)(const QpassCall* call);  // for each thread, 64-byte aligned
+  void (*run)(const QpassCall* call, void* scratch, int64_t task_begin, int64_t task_end);
+};

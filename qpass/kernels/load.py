@@ -1,0 +1,80 @@
+"""Load: kernels into this process. Builds what the cache lacks, opens it, and hands its table to the torch binding."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from qpass.cpu import Cpu, Tier, detect
+from qpass.errors import KernelError
+from qpass.kernels.plan import KernelFormat
+from qpass.kernels.source import binding_unit, kernel_unit
+from qpass.kernels.store import obtain
+
+_lock = threading.RLock()
+_binding: ctypes.CDLL | None = None
+_libraries: dict[Path, ctypes.CDLL] = {}  # opened once, never closed: their code may be running
+_registered: dict[int, tuple[Tier, bool]] = {}  # format number -> (tier, emulated)
+
+
+def ensure(*formats: KernelFormat, cpu: Cpu | None = None, tier: Tier | None = None, emulate_amx: bool = False) -> None:
+    """Make ``torch.ops.qpass.packed_linear`` serve these formats on this machine. Raises KernelError.
+
+    ``tier`` and ``emulate_amx`` are for tests: without them each format gets the machine's best kernel, once.
+    """
+    cpu = cpu or detect()
+    wanted = (tier or cpu.tier, emulate_amx)
+    with _lock:
+        missing = [f for f in dict.fromkeys(formats) if _registered.get(f.number) != wanted]
+        if not missing and _binding is not None:
+            return
+        binding = _load_binding()
+        for format, path in zip(missing, _obtain(missing, cpu, *wanted), strict=True):
+            _register(binding, format, path)
+            _registered[format.number] = wanted
+
+
+def _obtain(formats: Iterable[KernelFormat], cpu: Cpu, tier: Tier, emulate_amx: bool) -> list[Path]:
+    units = [kernel_unit(format, cpu, tier, emulate_amx=emulate_amx) for format in formats]
+    if len(units) < 2:
+        return [obtain(unit) for unit in units]
+    with ThreadPoolExecutor(max_workers=max(1, cpu.cores)) as pool:
+        return list(pool.map(obtain, units))
+
+
+def _load_binding() -> ctypes.CDLL:
+    global _binding
+    if _binding is None:
+        import torch
+
+        import qpass.ops  # noqa: F401  the schema comes first
+
+        root = Path(torch.__file__).parent
+        path = obtain(binding_unit((str(root / "include"),), (str(root / "lib"),)))
+        binding = _open(path)
+        binding.qpass_register.argtypes = (ctypes.c_void_p,)
+        binding.qpass_register.restype = ctypes.c_int
+        _binding = binding
+    return _binding
+
+
+def _register(binding: ctypes.CDLL, format: KernelFormat, path: Path) -> None:
+    library = _open(path)
+    library.qpass_kernel.restype = ctypes.c_void_p
+    problem = binding.qpass_register(library.qpass_kernel())
+    if problem:
+        raise KernelError(f"{path}: its table has a wrong {'version' if problem == 2 else 'format'} for {format}")
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    library = _libraries.get(path)
+    if library is None:
+        try:
+            library = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
+        except OSError as error:
+            raise KernelError(f"{path} can't be loaded: {error}") from error
+        _libraries[path] = library
+    return library

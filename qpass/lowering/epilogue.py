@@ -1,0 +1,27 @@
+"""Bias and epilogue as plain graph nodes, for the lowerings whose kernels have none: Inductor fuses them."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from qpass.ops.epilogue import apply_epilogue
+from qpass.ops.quantized_linear import bound_arguments
+
+
+def emit_epilogue(graph: fx.Graph, node: fx.Node, y: fx.Node) -> fx.Node:
+    """Put what the quantized_linear ``node`` does behind its product ``y`` (any float dtype, [..., N]) before it."""
+    args = bound_arguments(node)
+    with graph.inserting_before(node):
+        return graph.call_function(
+            finish,
+            (args["x"], y, args["bias"], args["activation"], args["glu"], args["mul"], args["residual"]),
+        )
+
+
+def finish(
+    x: Tensor, y: Tensor, bias: Tensor | None, activation: str, glu: bool, mul: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    y = y.float()
+    if bias is not None:
+        y = y + bias
+    return apply_epilogue(y, activation, glu, mul, residual).to(x.dtype)

@@ -1,0 +1,72 @@
+"""The kernels that qpass makes for this CPU: int4 and int8, any M, the epilogue inside."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from qpass.cpu import Cpu
+from qpass.errors import KernelError
+from qpass.kernels import load, plan
+from qpass.kernels.build import find_compiler
+from qpass.kernels.pack import pack, scale_bytes
+from qpass.kernels.plan import KernelFormat
+from qpass.lowering.site import Site
+from qpass.ops.epilogue import activation_number
+from qpass.ops.quantized_linear import bound_arguments
+from qpass.qweight import QWeight
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Generated:
+    name = "generated"
+
+    def refuse(self, site: Site, cpu: Cpu) -> str | None:
+        weight = site.scheme.weight
+        if weight is None:
+            return "serves quantized weights only"
+        if cpu.tier not in plan.SERVED:
+            return f"needs AVX-512 VNNI or AMX; this CPU is {cpu.name} with tier {cpu.tier}"
+        if site.dtype not in DTYPES:
+            return f"serves float32, bfloat16 and float16, not {str(site.dtype).removeprefix('torch.')}"
+        try:
+            find_compiler()
+        except KernelError as error:
+            return str(error)
+        try:
+            format = kernel_format(weight.bits, weight.group, site.scheme.activation, 4)
+        except ValueError as error:
+            return str(error)
+        return plan.refuse(format, site.k)
+
+    def pack(self, weight: QWeight, *, glu: bool) -> tuple[Tensor, ...]:
+        format = kernel_format(weight.format.bits, weight.format.group, "a16", scale_bytes(weight.scales))
+        return (pack(weight.codes, weight.scales, weight.zeros, format, glu),)
+
+    def emit(self, graph: fx.Graph, node: fx.Node, packed: tuple[fx.Node, ...]) -> fx.Node:
+        args = bound_arguments(node)
+        n, k = _tensor(graph, args["codes"]).shape
+        size = _tensor(graph, packed[0]).numel()
+        formats = [kernel_format(args["bits"], args["group"] or None, args["rule"], width) for width in (2, 4)]
+        format = next(f for f in formats if f.packed_bytes(n, k, args["glu"]) == size)
+        load.ensure(format)
+        rest = (args["bias"], args["mul"], args["residual"], n, k, format.number, activation_number(args["activation"]), args["glu"])
+        with graph.inserting_before(node):
+            return graph.call_function(torch.ops.qpass.packed_linear.default, (args["x"], packed[0], *rest))
+
+
+def kernel_format(bits: int, group: int | None, rule: str, scale_width: int) -> KernelFormat:
+    """Raises ValueError for a combination that no kernel has."""
+    if group is None and rule == "a8-token-group":
+        rule = "a8-token"  # one group a token is the token
+    return KernelFormat(bits, group, rule, scale_width)
+
+
+def _tensor(graph: fx.Graph, node: fx.Node) -> Tensor:
+    """The tensor behind a ``get_attr`` node."""
+    value: object = graph.owning_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value

@@ -1,0 +1,30 @@
+"""The passes: graph in, count out; one a file, the file named like the function."""
+
+from __future__ import annotations
+
+from torch import fx
+
+import qpass.ops  # noqa: F401  registers the vocabulary that the passes speak
+from qpass.passes.canonicalize import canonicalize
+from qpass.passes.context import Context
+from qpass.passes.fuse_epilogues import fuse_epilogues
+from qpass.passes.lower import lower
+from qpass.passes.merge_siblings import merge_siblings
+from qpass.passes.quantize_linears import quantize_linears
+from qpass.passes.runner import Pass, run
+
+PIPELINE: tuple[Pass, ...] = (
+    canonicalize,  # one spelling a meaning: what follows matches one form
+    merge_siblings,  # q|k|v and gate|up read their input once, in one call
+    quantize_linears,  # codes in place of weights: the only pass that changes the numbers
+    fuse_epilogues,  # what follows a linear point by point runs before its output is rounded
+    lower,  # each site to the first lowering that takes it
+)
+
+
+def run_pipeline(gm: fx.GraphModule, ctx: Context) -> tuple[fx.GraphModule, dict[str, int]]:
+    """Run :data:`PIPELINE` on a copy of ``gm``; see :func:`qpass.passes.runner.run`."""
+    return run(gm, ctx, PIPELINE)
+
+
+__all__ = ["PIPELINE", "Context", "Pass", "run_pipeline"]

@@ -1,0 +1,67 @@
+"""Context: everything a pass may know besides the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from qpass.cpu import Cpu
+from qpass.lowering.store import WeightRef, WeightStore
+from qpass.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """What became of one linear (or one merged group of them): a row of explain."""
+
+    names: tuple[str, ...]
+    name: str
+    n: int
+    k: int
+    scheme: str
+    lowering: str  # "inductor" for a linear that was left as it is
+    fused: tuple[str, ...] = ()  # epilogue parts in the order they run: bias, silu, glu, mul, residual
+    bytes_before: int = 0
+    bytes_after: int = 0
+    notes: tuple[str, ...] = ()  # refusals, and why a linear was left
+
+
+@dataclass
+class Context:
+    """``parameters`` maps the graph's placeholder names to the real Parameters behind them."""
+
+    parameters: dict[str, Tensor]
+    scheme_of: Callable[[str, bool], Scheme]  # (module name, weight is tied to an embedding) -> Scheme
+    cpu: Cpu
+    weights: WeightStore
+    check_names: Callable[[list[str]], None] = lambda names: None  # raises for a module pattern that matches none of them
+    materialize: bool = False  # real codes in the graph, so that it can be run between passes
+    lowering: str | None = None  # the only lowering to use, where the user named one
+    records: list[SiteRecord] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)  # parameter or module name -> why it was left as it is
+    quantized: dict[str, Tensor] = field(default_factory=dict)  # weight name -> the Parameter that codes replaced
+    progress: Callable[[int, int, str], None] = lambda done, total, name: None
+
+    def weight_ref(self, node: object) -> WeightRef | None:
+        """The Parameter behind a weight operand: a placeholder, or ``torch.t`` of one; None for anything computed."""
+        transposed = False
+        if isinstance(node, fx.Node) and node.op == "call_function" and node.target is torch.t:
+            node, transposed = node.args[0], True
+        if isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr"):
+            parameter = self.parameters.get(node.name)
+            if parameter is not None and parameter.dim() == 2:
+                return WeightRef(parameter, transposed)
+        return None
+
+    def is_tied(self, weight: fx.Node) -> bool:
+        """Whether an embedding of this graph reads the same Parameter."""
+        source = weight.args[0] if weight.op == "call_function" else weight
+        return any(user.op == "call_function" and user.target is torch.nn.functional.embedding for user in source.users)
+
+    def scheme_for(self, node: fx.Node) -> Scheme:
+        """The scheme of a canonical linear that is not merged yet."""
+        (name,), (weight,) = node.meta["qpass_names"], node.args[1]
+        return self.scheme_of(name, self.is_tied(weight))

@@ -1,0 +1,69 @@
+"""lower: each quantized linear goes to the first lowering that takes it; the others go back to torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from qpass.lowering import choose
+from qpass.lowering.site import Site
+from qpass.passes.attributes import attach, detach_unused
+from qpass.passes.context import Context, SiteRecord
+
+
+def lower(graph: fx.Graph, ctx: Context) -> int:
+    """Pack and place every quantized linear; returns how many. Raises UnsupportedError where the user's own choice refuses."""
+    sites = list(graph.find_nodes(op="call_function", target=torch.ops.qpass.quantized_linear.default))
+    for done, node in enumerate(sites):
+        ctx.progress(done, len(sites), node.meta["qpass_names"][0])
+        _lower_site(graph, node, ctx)
+    for node in list(graph.find_nodes(op="call_function", target=torch.ops.qpass.linear.default)):
+        _leave(graph, node, ctx)
+    detach_unused(graph)
+    return len(sites)
+
+
+def _lower_site(graph: fx.Graph, node: fx.Node, ctx: Context) -> None:
+    refs, scheme, names = node.meta["qpass_refs"], node.meta["qpass_scheme"], node.meta["qpass_names"]
+    glu = bool(node.kwargs.get("glu", False))
+    n, k = sum(ref.shape[0] for ref in refs), refs[0].shape[1]
+    site = Site(names, n, k, scheme, refs[0].parameter.dtype, glu)
+    lowering, refusals = choose(site, ctx.cpu, ctx.lowering)
+    packed = ctx.weights.packed(refs, scheme.weight, lowering, glu=glu)
+    with graph.inserting_before(node):
+        attributes = tuple(attach(graph, "qpass_packed", tensor) for tensor in packed)
+    new = lowering.emit(graph, node, attributes)
+    ctx.quantized.update((f"{name}.weight", ref.parameter) for name, ref in zip(names, refs, strict=True))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    ctx.records.append(
+        SiteRecord(
+            names=names,
+            name=site.name,
+            n=n,
+            k=k,
+            scheme=scheme.name,
+            lowering=lowering.name,
+            fused=node.meta.get("qpass_fused", ()),
+            bytes_before=sum(ref.parameter.numel() * ref.parameter.element_size() for ref in refs),
+            bytes_after=sum(tensor.numel() * tensor.element_size() for tensor in packed),
+            notes=refusals,
+        )
+    )
+
+
+def _leave(graph: fx.Graph, node: fx.Node, ctx: Context) -> None:
+    """Back to ``torch.nn.functional.linear``, for Inductor."""
+    x, weights, biases = node.args
+    with graph.inserting_before(node):
+        outputs = [graph.call_function(torch._C._nn.linear, (x, w, b)) for w, b in zip(weights, biases, strict=True)]
+        new = outputs[0] if len(outputs) == 1 else graph.call_function(torch.cat, (outputs, -1))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    for name, weight in zip(node.meta["qpass_names"], weights, strict=True):
+        ref = ctx.weight_ref(weight)
+        assert ref is not None
+        size = ref.parameter.numel() * ref.parameter.element_size()
+        ctx.records.append(SiteRecord((name,), name, *ref.shape, "w16a16", "inductor", bytes_before=size, bytes_after=size))

@@ -1,0 +1,57 @@
+"""quantize_linears: codes in place of weights. The only pass that changes the numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from qpass.passes.attributes import attach
+from qpass.passes.context import Context
+from qpass.scheme import Format
+
+
+def quantize_linears(graph: fx.Graph, ctx: Context) -> int:
+    """Turn each ``qpass.linear`` whose scheme quantizes into ``qpass.quantized_linear``; returns how many.
+
+    The codes in the graph are stand-ins that hold shapes only, unless ``ctx.materialize``: the store finds the numbers
+    once per weight, when a lowering asks for them.
+    """
+    linears = list(graph.find_nodes(op="call_function", target=torch.ops.qpass.linear.default))
+    ctx.check_names([*(name for node in linears for name in node.meta["qpass_names"]), *ctx.left])
+    count = 0
+    for node in linears:
+        x, weights, biases = node.args
+        names = node.meta["qpass_names"]
+        scheme = ctx.scheme_of(names[0], ctx.is_tied(weights[0]))
+        if scheme.weight is None:
+            continue
+        refs = tuple(ctx.weight_ref(weight) for weight in weights)
+        n, k = sum(ref.shape[0] for ref in refs), refs[0].shape[1]
+        tensors = _tensors(ctx, refs, scheme.weight, n, k)
+        with graph.inserting_before(node):
+            attributes = [attach(graph, f"qpass_{part}", tensor) for part, tensor in zip(("codes", "scales", "zeros"), tensors, strict=True)]
+            bias = None
+            if any(b is not None for b in biases):
+                parameters = tuple(None if b is None else ctx.parameters[b.name] for b in biases)
+                bias = attach(graph, "qpass_bias", ctx.weights.bias(parameters, tuple(ref.shape[0] for ref in refs)))
+            group = scheme.weight.group or 0
+            new = graph.call_function(
+                torch.ops.qpass.quantized_linear.default, (x, *attributes, bias, scheme.weight.bits, group, scheme.activation)
+            )
+        new.meta = dict(node.meta) | {"qpass_refs": refs, "qpass_scheme": scheme, "qpass_fused": ("bias",) if bias is not None else ()}
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        count += 1
+    return count
+
+
+def _tensors(ctx: Context, refs: tuple, format: Format, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    if ctx.materialize:
+        weight = ctx.weights.qweight(refs, format)
+        return weight.codes, weight.scales, weight.zeros
+    groups = format.groups_of(k)
+    return (
+        torch.empty(n, k, dtype=torch.uint8, device="meta"),
+        torch.empty(n, groups, device="meta"),
+        torch.empty(n, groups, dtype=torch.uint8, device="meta"),
+    )

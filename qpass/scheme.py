@@ -1,0 +1,112 @@
+"""What is stored: bits, groups, symmetry, and how activations meet the weights.
+
+The one formula of the project, used by every algorithm, op, lowering and kernel:
+
+    w = (codes - zeros) * scales
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from qpass.errors import SchemeError
+
+Activation = Literal["a16", "a8-token", "a8-token-group"]
+
+GROUPS = (32, 64, 128)
+"""Group lengths along K that the grouped formats accept."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one weight matrix is stored.
+
+    ``group`` is the number of consecutive inputs (along K) that share a scale and a zero; ``None`` means one per
+    output channel. A symmetric format fixes every zero at ``2 ** (bits - 1)``.
+    """
+
+    bits: int
+    group: int | None = None
+    symmetric: bool = False
+
+    @property
+    def max_code(self) -> int:
+        return (1 << self.bits) - 1
+
+    def groups_of(self, k: int) -> int:
+        """Number of scales per output channel for K inputs; the last group may be short."""
+        return 1 if self.group is None else -(-k // self.group)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A weight format and an activation rule under one name. ``weight is None`` leaves the layer as it is."""
+
+    name: str
+    weight: Format | None
+    activation: Activation
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def quantizes(self) -> bool:
+        return self.weight is not None
+
+    @classmethod
+    def parse(cls, name: str) -> Scheme:
+        """Read a scheme's name: ``w<bits>a<16|8>[-g<group>][-sym|-asym][-dynamic]``.
+
+        Int4 is asymmetric and int8 symmetric unless the name says otherwise. Raises :class:`SchemeError`, which
+        names what is accepted.
+        """
+        if not isinstance(name, str):
+            raise SchemeError(f"a scheme is named by a string such as 'w4a16-g128', not {type(name).__name__}")
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise SchemeError(f"unknown scheme {name!r}; accepted: {ACCEPTED}")
+        bits, act = int(match["w"]), int(match["a"])
+        group = int(match["g"]) if match["g"] else None
+        dynamic, symmetry = bool(match["dynamic"]), match["sym"]
+        if (bits, act) == (16, 16) and group is None and not symmetry and not dynamic:
+            return cls(name, None, "a16")
+        if bits not in (4, 8) or act not in (8, 16):
+            raise SchemeError(f"unknown scheme {name!r}; accepted: {ACCEPTED}")
+        if group is not None and group not in GROUPS:
+            raise SchemeError(f"scheme {name!r}: group {group} is not one of {', '.join(map(str, GROUPS))}")
+        if dynamic and act != 8:
+            raise SchemeError(f"scheme {name!r}: 'dynamic' speaks of int8 activations; accepted: {ACCEPTED}")
+        symmetric = symmetry == "sym" if symmetry else bits == 8
+        activation: Activation = "a16" if act == 16 else "a8-token-group" if group else "a8-token"
+        return cls(name, Format(bits, group, symmetric), activation)
+
+
+_NAME = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)(?:-g(?P<g>\d+))?(?:-(?P<sym>sym|asym))?(?P<dynamic>-dynamic)?")
+
+ACCEPTED = (
+    "w16a16, w8a16, w8a8-dynamic, w4a16, w4a8, w4a16-g<32|64|128>, w4a8-g<32|64|128>, w8a16-g<32|64|128>, w8a8-g<32|64|128>, "
+    "each with -sym or -asym behind it where it should differ from the default (int8 symmetric, int4 asymmetric)"
+)
+
+SCHEMES: dict[str, Scheme] = {
+    name: Scheme.parse(name)
+    for name in (
+        "w16a16",
+        "w8a16",
+        "w8a8-dynamic",
+        "w4a16-g32",
+        "w4a16-g64",
+        "w4a16-g128",
+        "w4a8-g32",
+        "w4a8-g64",
+        "w4a8-g128",
+    )
+}
+"""The schemes that the documentation names; :meth:`Scheme.parse` reads their whole family."""
+
+DEFAULT_SCHEME = "w8a16"
+HEAD_SCHEME = "w8a16"
+"""What the output head gets by default in every scheme below eight bits: four bits there cost as much perplexity as
+half of the rest of the model, eight cost nothing."""

@@ -1,0 +1,62 @@
+"""Round to nearest against what it promises: half a step, exact zero, storable scales."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qpass.algorithms.rtn import rtn
+from qpass.scheme import Format
+
+FORMATS = [Format(bits, group, sym) for bits in (4, 8) for group in (None, 32, 64, 128) for sym in (True, False)]
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_weight_is_within_half_a_step(format: Format, dtype: torch.dtype) -> None:
+    weight = (torch.randn(24, 200, generator=torch.Generator().manual_seed(1)) * 0.03).to(dtype)
+    quantized = rtn(weight, format)
+    steps = quantized.scales.repeat_interleave(quantized.group, dim=1)[:, :200]
+    error = (quantized.dequantize() - weight.float()).abs() / steps
+    # Half a step; an asymmetric group's end may lie another half step off, since its zero is rounded too.
+    assert float(error.max()) <= (0.5 if format.symmetric else 1.0) + 1e-3
+    assert int(quantized.codes.max()) <= format.max_code
+    if format.symmetric:
+        assert bool((quantized.zeros == 1 << (format.bits - 1)).all())
+
+
+def test_zero_is_exact() -> None:
+    weight = torch.randn(8, 64) + 5  # far from zero, yet zero must be a code
+    weight[:, ::7] = 0
+    for format in FORMATS:
+        assert bool((rtn(weight, format).dequantize()[:, ::7] == 0).all())
+
+
+def test_groups_of_zeros_and_denormals() -> None:
+    weight = torch.zeros(4, 128)
+    weight[1] = 1e-40
+    weight[2, :32] = 1.0
+    for format in FORMATS:
+        quantized = rtn(weight, format)
+        assert bool(torch.isfinite(quantized.scales).all())
+        assert bool((quantized.scales > 0).all())
+        assert float((quantized.dequantize() - weight).abs().max()) < 0.05
+
+
+def test_grouped_scales_fit_in_float16() -> None:
+    scales = rtn(torch.randn(16, 256) * 0.02, Format(4, 64)).scales
+    assert torch.equal(scales.half().float(), scales)
+
+
+def test_scales_outside_of_float16_stay_exact() -> None:
+    weight = torch.randn(16, 256) * 1e-7
+    quantized = rtn(weight, Format(4, 64))
+    assert float((quantized.dequantize() - weight).norm() / weight.norm()) < 0.12
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite_is_refused(bad: float) -> None:
+    weight = torch.ones(2, 64)
+    weight[1, 3] = bad
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        rtn(weight, Format(4, 32))

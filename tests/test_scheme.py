@@ -1,0 +1,81 @@
+"""Names to schemes and back, and the one formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qpass.errors import SchemeError
+from qpass.qweight import QWeight
+from qpass.scheme import SCHEMES, Format, Scheme
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "activation"),
+    [
+        ("w16a16", None, "a16"),
+        ("w8a16", Format(8, None, True), "a16"),
+        ("w4a16-g128", Format(4, 128, False), "a16"),
+        ("w4a16-g32-sym", Format(4, 32, True), "a16"),
+        ("w8a16-asym", Format(8, None, False), "a16"),
+        ("w4a16", Format(4, None, False), "a16"),
+        ("w4a8-g64", Format(4, 64, False), "a8-token-group"),
+        ("w4a8", Format(4, None, False), "a8-token"),
+        ("w8a8-dynamic", Format(8, None, True), "a8-token"),
+    ],
+)
+def test_parse(name: str, weight: Format | None, activation: str) -> None:
+    scheme = Scheme.parse(name)
+    assert (scheme.weight, scheme.activation) == (weight, activation)
+    assert str(scheme) == name
+    assert scheme.quantizes == (weight is not None)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "int8",
+        "w4",
+        "w5a16",
+        "w4a4",
+        "w4a16-g",
+        "w4a16-g100",
+        "w4a16-g128-odd",
+        "w16a16-g128",
+        "w16a8",
+        "w8a16-dynamic",
+        "w4a16-g-128",
+        " w8a16",
+    ],
+)
+def test_refused_names_say_what_is_accepted(name: str) -> None:
+    with pytest.raises(SchemeError, match=r"w4a16-g|32, 64, 128"):
+        Scheme.parse(name)
+
+
+def test_documented_schemes_parse_to_themselves() -> None:
+    assert all(Scheme.parse(name) == scheme for name, scheme in SCHEMES.items())
+
+
+def test_dequantize_is_the_formula() -> None:
+    codes = torch.tensor([[0, 15, 7, 8, 3]], dtype=torch.uint8)
+    weight = QWeight(codes, torch.tensor([[0.5, 2.0]]), torch.tensor([[8, 3]], dtype=torch.uint8), Format(4, 4))
+    assert weight.dequantize().tolist() == [[-4.0, 3.5, -0.5, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("field", ["codes", "scales", "zeros"])
+def test_a_qweight_of_the_wrong_form_is_refused(field: str) -> None:
+    good = {
+        "codes": torch.zeros(4, 64, dtype=torch.uint8),
+        "scales": torch.ones(4, 2),
+        "zeros": torch.zeros(4, 2, dtype=torch.uint8),
+    }
+    QWeight(**good, format=Format(4, 32))
+    for bad in (good[field][:2], good[field].double()):
+        if field == "codes" and bad.dtype == torch.uint8:
+            continue  # fewer rows of codes: then scales and zeros are the wrong ones, below
+        with pytest.raises(ValueError, match=field):
+            QWeight(**(good | {field: bad}), format=Format(4, 32))
+    with pytest.raises(ValueError, match="scales"):
+        QWeight(**(good | {"codes": good["codes"][:2]}), format=Format(4, 32))
