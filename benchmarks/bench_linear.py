@@ -10,6 +10,7 @@ candidates (A B A B ...) and gives medians, so that the ratios survive a machine
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -20,14 +21,15 @@ import torch
 from torch import Tensor
 
 import qpass.ops  # noqa: F401
-from qpass.cpu import detect, measure_bandwidth_gbps
+from qpass.cpu import detect
 from qpass.kernels import load
 from qpass.kernels.pack import pack
 from qpass.kernels.plan import SERVED, KernelFormat
+from qpass.measure.bandwidth import measure_bandwidth_gbps
 
 SHAPES = ((8960, 1536), (1536, 8960))  # N, K: up and down of a 1.5B model
 TOKENS = (1, 2, 4, 5, 8, 16, 32, 128, 512)
-COPIES_BYTES = int(__import__("os").environ.get("CB", 200 << 20))
+COPIES_BYTES = int(os.environ.get("QPASS_BENCH_BYTES", 200 << 20))
 
 FORMATS = {
     "w4a16-g128": KernelFormat(4, 128, "a16", 2),
@@ -37,7 +39,8 @@ FORMATS = {
     "w8a16": KernelFormat(8, None, "a16", 4),
     "w8a8": KernelFormat(8, None, "a8-token", 4),
 }
-ATEN = {"int4pack-g128": "w4", "int8pack": "w8", "bf16": "w16"}
+ATEN = ("int4pack-g128", "int8pack", "bf16")
+READ = "read"  # torch's sum over as many bytes as an int4 weight has: what the memory gives at that moment
 
 
 @dataclass
@@ -56,6 +59,10 @@ def candidate(name: str, n: int, k: int) -> Candidate:
         copies = -(-COPIES_BYTES // size)
         dense = [torch.randn(n, k, generator=generator).to(torch.bfloat16) for _ in range(copies)]
         return Candidate(lambda x, i: torch.nn.functional.linear(x, dense[i]), copies, size)
+    if name == READ:
+        copies = -(-COPIES_BYTES // (n * k // 2))
+        words = [torch.ones(n * k // 16, dtype=torch.int64) for _ in range(copies)]
+        return Candidate(lambda x, i: words[i].sum(), copies, n * k // 2)
     if name == "int8pack":
         copies = -(-COPIES_BYTES // (n * k))
         codes = [torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator) for _ in range(copies)]
@@ -104,7 +111,9 @@ def test_linear(benchmark, name: str, shape: tuple[int, int]) -> None:  # type: 
     benchmark.extra_info["bytes"] = case.bytes
 
 
-def table(tokens: tuple[int, ...], names: tuple[str, ...], rounds: int, shapes: tuple[tuple[int, int], ...] = SHAPES) -> None:
+def table(
+    tokens: tuple[int, ...], names: tuple[str, ...], rounds: int, shapes: tuple[tuple[int, int], ...] = SHAPES
+) -> None:
     cpu = detect()
     bandwidth = measure_bandwidth_gbps()
     print(f"{cpu.name}, tier {cpu.tier}, {torch.get_num_threads()} threads, read bandwidth {bandwidth:.1f} GB/s")
@@ -120,10 +129,13 @@ def table(tokens: tuple[int, ...], names: tuple[str, ...], rounds: int, shapes: 
                     if name not in slow or len(times[name]) < 2:
                         times[name].append(seconds(case, x))
             medians = {name: statistics.median(values) for name, values in times.items()}
+            bandwidth = cases[READ].bytes / medians[READ] / 1e9 if READ in medians else bandwidth
             print(f"\n{k} -> {n}, M = {m}")
             for name, median in medians.items():
                 rate, work = cases[name].bytes / median / 1e9, 2 * m * n * k / median / 1e12
-                line = f"  {name:14} {median * 1e3:8.3f} ms  {rate:6.1f} GB/s ({rate / bandwidth:4.0%})  {work:6.3f} TOPS"
+                line = (
+                    f"  {name:14} {median * 1e3:8.3f} ms  {rate:6.1f} GB/s ({rate / bandwidth:4.0%})  {work:6.3f} TOPS"
+                )
                 for other in (baseline.get(name[:2], ""), "bf16"):
                     if other in medians and name not in ATEN:
                         line += f"   {median / medians[other]:5.2f} x {other}"
@@ -133,7 +145,7 @@ def table(tokens: tuple[int, ...], names: tuple[str, ...], rounds: int, shapes: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--m", type=int, nargs="+", default=list(TOKENS))
-    parser.add_argument("--names", nargs="+", default=[*FORMATS, *ATEN])
+    parser.add_argument("--names", nargs="+", default=[*FORMATS, *ATEN, READ])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shape", type=int, choices=(0, 1), help="only the first or the second shape")
     args = parser.parse_args()

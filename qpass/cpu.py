@@ -114,18 +114,3 @@ def _request_amx() -> bool:
     syscall.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_long)
     syscall.restype = ctypes.c_long
     return bool(syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0)
-
-
-def measure_bandwidth_gbps(megabytes: int = 512, repeats: int = 5) -> float:
-    """Read bandwidth of the memory with all of torch's threads, GB/s: the best of ``repeats`` sums over a large tensor."""
-    import time
-
-    import torch
-
-    data = torch.ones(megabytes << 17, dtype=torch.int64)
-    best = float("inf")
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - start)
-    return data.numel() * 8 / best / 1e9

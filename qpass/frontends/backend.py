@@ -86,7 +86,7 @@ def _compile(
 ) -> Callable[..., Any]:
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
     _check(gm, placeholders, example_inputs)
-    parameters = {
+    parameters: dict[str, Tensor] = {
         node.name: value
         for node, value in zip(placeholders, example_inputs, strict=True)
         if isinstance(value, nn.Parameter)
@@ -127,7 +127,7 @@ def _compile(
 
     def run(*args: Any) -> Any:
         with torch.no_grad():
-            return compiled(*args)
+            return compiled(*args)  # type: ignore[operator]
 
     return run
 
@@ -155,7 +155,7 @@ def _check(gm: fx.GraphModule, placeholders: list[fx.Node], example_inputs: list
 
 def _drops(node: fx.Node) -> bool:
     given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | dict(node.kwargs)
-    return bool(given.get("training", True)) and given.get("p", 0.5) != 0
+    return bool(given.get("training", True) and given.get("p", 0.5) != 0)
 
 
 def _used(gm: fx.GraphModule, parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -27,7 +27,9 @@ def find_compiler() -> tuple[str, ...]:
     for name in ("g++", "c++", "clang++"):
         if shutil.which(name):
             return (name,)
-    raise KernelError("no C++ compiler was found (g++, c++ or clang++ on PATH, or $CXX): the generated kernels need one")
+    raise KernelError(
+        "no C++ compiler was found (g++, c++ or clang++ on PATH, or $CXX): the generated kernels need one"
+    )
 
 
 def compiler_version(compiler: tuple[str, ...]) -> str:

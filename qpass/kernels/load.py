@@ -50,8 +50,6 @@ def _load_binding() -> ctypes.CDLL:
     if _binding is None:
         import torch
 
-        import qpass.ops  # noqa: F401  the schema comes first
-
         root = Path(torch.__file__).parent
         path = obtain(binding_unit((str(root / "include"),), (str(root / "lib"),)))
         binding = _open(path)

@@ -9,8 +9,8 @@ from qpass.cpu import Cpu, Tier
 BLOCK = 64
 """Outputs of a block of the packed weight (``cpp/layout.h``)."""
 
-TILE_ROWS = 6
-"""Rows of a register tile (``cpp/gemm.h``)."""
+PANEL_ROWS = {4: 61, 8: 13}
+"""By bits: rows from which codes are unpacked once for all of them (``cpp/layout.h``)."""
 
 SERVED: tuple[Tier, ...] = ("avx512_vnni", "amx")
 
@@ -31,14 +31,16 @@ class KernelFormat:
     scale_bytes: int = 4
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8) or self.group not in _GROUPS or self.rule not in _RULES or self.scale_bytes not in (2, 4):
+        known = self.group in _GROUPS and self.rule in _RULES
+        if self.bits not in (4, 8) or self.scale_bytes not in (2, 4) or not known:
             raise ValueError(f"no kernel has {self}")
         if self.group is None and self.rule == "a8-token-group":
             raise ValueError("without weight groups, activations have one scale a token: a8-token")
 
     @property
     def number(self) -> int:
-        return (self.bits == 8) | _GROUPS.index(self.group) << 1 | _RULES.index(self.rule) << 3 | (self.scale_bytes == 4) << 5
+        group, rule = _GROUPS.index(self.group), _RULES.index(self.rule)
+        return (self.bits == 8) | group << 1 | rule << 3 | (self.scale_bytes == 4) << 5
 
     @classmethod
     def of(cls, number: int) -> KernelFormat:
@@ -49,8 +51,9 @@ class KernelFormat:
         return cls(bits, _GROUPS[(number >> 1) & 3], _RULES[(number >> 3) & 3], scale_bytes)
 
     @property
-    def rule_number(self) -> int:
-        return _RULES.index(self.rule)
+    def unpacks(self) -> bool:
+        """Whether codes are not yet what the dot products take; 8-bit ones times int8 activations are."""
+        return self.bits == 4 or self.rule == "a16"
 
     def padded_k(self, k: int) -> int:
         length = self.group or BLOCK
@@ -111,8 +114,9 @@ def plan(shape: Shape, format: KernelFormat, cpu: Cpu) -> Plan:
     if tier == "amx" and shape.m > (64 if format.rule == "a16" else 4):
         path = "tiles"
     else:
-        path = "stream" if shape.m <= TILE_ROWS or (format.bits == 8 and format.rule != "a16") else "panel"
-    return Plan(tier, path, blocking(cpu), format.packed_bytes(shape.n, shape.k, shape.glu), shape.m * shape.n * shape.k)
+        path = "panel" if format.unpacks and shape.m >= PANEL_ROWS[format.bits] else "stream"
+    weight_bytes = format.packed_bytes(shape.n, shape.k, shape.glu)
+    return Plan(tier, path, blocking(cpu), weight_bytes, shape.m * shape.n * shape.k)
 
 
 def refuse(format: KernelFormat, k: int) -> str | None:

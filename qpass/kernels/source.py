@@ -52,6 +52,8 @@ def kernel_unit(format: KernelFormat, cpu: Cpu, tier: Tier | None = None, *, emu
     flags = list(_TIER_FLAGS[tier])
     if tier != "amx" and "avx512_bf16" in cpu.isa:
         flags.append("-mavx512bf16")
+    if "avx512vbmi" in cpu.isa:
+        flags.append("-mavx512vbmi")
     if emulate_amx:
         flags.append("-DQPASS_AMX_EMULATED")
         if "avx512_bf16" not in cpu.isa and "-mavx512bf16" in flags:
@@ -73,7 +75,14 @@ def _text(format: KernelFormat, blocking: Blocking) -> str:
 
 def binding_unit(include: tuple[str, ...], library: tuple[str, ...]) -> Unit:
     """The unit that registers ``qpass::packed_linear`` with torch, whose folders the caller knows."""
-    flags = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020d000000000000")
+    flags = (
+        "-std=c++20",
+        "-O2",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-DTORCH_TARGET_VERSION=0x020d000000000000",
+    )
     includes = tuple(f"-isystem{folder}" for folder in include)
     libraries = (*(f"-L{folder}" for folder in library), "-ltorch_cpu", "-lc10")
     return Unit("binding", (HEADERS / "binding.cpp").read_text(), (*flags, *includes), (HEADERS / "abi.h",), libraries)

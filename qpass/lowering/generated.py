@@ -51,9 +51,10 @@ class Generated:
         formats = [kernel_format(args["bits"], args["group"] or None, args["rule"], width) for width in (2, 4)]
         format = next(f for f in formats if f.packed_bytes(n, k, args["glu"]) == size)
         load.ensure(format)
-        rest = (args["bias"], args["mul"], args["residual"], n, k, format.number, activation_number(args["activation"]), args["glu"])
+        operands = (args["x"], packed[0], args["bias"], args["mul"], args["residual"])
+        numbers = (n, k, format.number, activation_number(args["activation"]), args["glu"])
         with graph.inserting_before(node):
-            return graph.call_function(torch.ops.qpass.packed_linear.default, (args["x"], packed[0], *rest))
+            return graph.call_function(torch.ops.qpass.packed_linear.default, (*operands, *numbers))
 
 
 def kernel_format(bits: int, group: int | None, rule: str, scale_width: int) -> KernelFormat:

@@ -36,7 +36,9 @@ SPELLINGS: dict[str, tuple[Any, dict[str, Any]]] = {
 _FUNCTIONS = {F.relu: "relu", torch.relu: "relu", "relu": "relu", F.silu: "silu", F.gelu: "gelu"}
 _IN_PLACE = {"relu_": "relu", torch.relu_: "relu", F.relu_: "relu", torch.ops.aten.silu_.default: "silu"}
 
-_MARKS = frozenset({torch.tanh, torch.erf, torch.sigmoid, torch.exp, F.tanh, F.sigmoid, "tanh", "erf", "sigmoid", "exp"})
+_MARKS = frozenset(
+    {torch.tanh, torch.erf, torch.sigmoid, torch.exp, F.tanh, F.sigmoid, "tanh", "erf", "sigmoid", "exp"}
+)
 _POINTWISE = _MARKS | {
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow),
     *(torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.pow, torch.square),
@@ -102,7 +104,12 @@ def spell_formula(node: fx.Node, writes: Writes) -> bool:
                 erase_if_unused(*(inside - {node}))
                 return True
         last = max(frontier)  # the latest first, so that a single node left is all that the formula reads
-        if not _is_pointwise(last) or len(inside) == _LARGEST or not same_kind(last, node) or not set(last.users) <= inside:
+        if (
+            not _is_pointwise(last)
+            or len(inside) == _LARGEST
+            or not same_kind(last, node)
+            or not set(last.users) <= inside
+        ):
             return False
         frontier.remove(last)
         inside.add(last)

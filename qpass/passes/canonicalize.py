@@ -6,7 +6,7 @@ from torch import fx
 
 from qpass.passes.activations import spell_call, spell_formula
 from qpass.passes.context import Context
-from qpass.passes.linears import absorb_bias, note_experts, spell_linear, unflatten_rows
+from qpass.passes.linears import absorb_bias, note_experts, note_nested, spell_linear, unflatten_rows
 from qpass.passes.names import Names
 from qpass.passes.spellings import Owners, drop_noops, functionalize, spell_arithmetic
 from qpass.passes.values import Writes
@@ -27,6 +27,7 @@ def canonicalize(graph: fx.Graph, ctx: Context) -> int:
     writes, names = Writes(graph), Names(graph, ctx.parameters)
     count += sum(spell_linear(node, ctx, names, writes) for node in list(graph.nodes))
     note_experts(graph, ctx, names)
+    note_nested(graph, ctx)
     count += sum(unflatten_rows(node, writes) for node in list(graph.nodes) if not node._erased)
     count += sum(absorb_bias(node, ctx, writes) for node in list(graph.nodes))
 

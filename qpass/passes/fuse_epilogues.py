@@ -60,7 +60,9 @@ def _fuse(graph: fx.Graph, site: fx.Node, writes: Writes) -> bool:
     if not parts or writes.touch(*consumed):
         return False
     with graph.inserting_before(last):
-        new = graph.create_node("call_function", QUANTIZED, site.args, dict(site.kwargs) | parts, name=f"{site.name}_fused")
+        new = graph.create_node(
+            "call_function", QUANTIZED, site.args, dict(site.kwargs) | parts, name=f"{site.name}_fused"
+        )
     new.meta = dict(site.meta) | {VALUE: last.meta[VALUE], "qpass_fused": (*site.meta.get("qpass_fused", ()), *fused)}
     last.replace_all_uses_with(new)
     for node in reversed([site, *consumed]):
@@ -120,7 +122,9 @@ def _splits_in_two(node: fx.Node) -> bool:
     source = tensor_of(node.args[0])
     values = node.meta.get(VALUE)
     dim = argument(node, 2, "dim", 0)
-    return source is not None and dim in (-1, source.dim() - 1) and isinstance(values, tuple | list) and len(values) == 2
+    return (
+        source is not None and dim in (-1, source.dim() - 1) and isinstance(values, tuple | list) and len(values) == 2
+    )
 
 
 def _slice_of(node: fx.Node, width: Any) -> int | None:

@@ -54,12 +54,16 @@ def spell_linear(node: fx.Node, ctx: Context, names: Names, writes: Writes) -> b
     weight, transposed = _strip_transposes(found.weight, found.transposed)
     ref = ctx.weight_ref(weight)
     if ref is None and not found.explicit and (weight.op != "placeholder" or weight.name not in ctx.parameters):
-        return False  # a product of two activations, such as attention scores
+        if ctx.weight_ref(found.x) is not None:
+            ctx.left[names.linear(node, found.x)] = "its weight stands on the left of the product"
+        return False  # else a product of two activations, such as attention scores
     name = names.linear(node, weight if weight.name in ctx.parameters else None)
     ref = None if ref is None else WeightRef(ref.parameter, transposed)
     if ref is not None and ref.parameter.dtype not in DTYPES and ctx.scheme_of(name, ctx.is_tied(weight)).quantizes:
         accepted = ", ".join(map(_short, DTYPES))
-        raise UnsupportedError(f"{name}: its weight is {_short(ref.parameter.dtype)}; accepted: {accepted}, or exclude it")
+        raise UnsupportedError(
+            f"{name}: its weight is {_short(ref.parameter.dtype)}; accepted: {accepted}, or exclude it"
+        )
     reason = _refuse(node, found.x, weight, ref, ctx, writes)
     if reason is not None or ref is None:
         ctx.left[name] = reason or "its weight is not a Parameter"
@@ -144,6 +148,14 @@ def note_experts(graph: fx.Graph, ctx: Context, names: Names) -> None:
             ctx.left[names.parameter(placeholder)] = f"3-D expert weights stay in {dtype}"
 
 
+def note_nested(graph: fx.Graph, ctx: Context) -> None:
+    """Say in ``ctx.left`` that the linears inside a nested graph (of a checkpoint, of a branch) are not looked at."""
+    for node in graph.find_nodes(op="get_attr"):
+        nested = getattr(graph.owning_module, str(node.target), None)
+        if isinstance(nested, fx.GraphModule) and any(n.target in _LINEARS for n in nested.graph.nodes):
+            ctx.left[str(node.target)] = "its linears are inside a nested graph and stay as they are"
+
+
 def _operands(node: fx.Node) -> _Operands | None:
     if node.op not in ("call_function", "call_method"):
         return None
@@ -206,7 +218,7 @@ def _refuse(
         )
     given, result, dtype = tensor_of(x), tensor_of(node), ref.parameter.dtype
     if given is None or result is None:
-        return "its shapes are unknown"
+        return "its shapes are unknown, as inside torch.vmap"
     if dtype not in DTYPES:
         return f"its weight is {_short(dtype)}; served are {', '.join(map(_short, DTYPES))}"
     if given.dtype != dtype:
@@ -252,7 +264,9 @@ def _is_row_view(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and node.target in _ROW_VIEWS
 
 
-_CARRIERS: frozenset[Any] = _TRANSPOSES | _ROW_VIEWS | {operator.getitem, "to", "contiguous", "unbind", torch.unbind, "mT", getattr}
+_CARRIERS: frozenset[Any] = (
+    _TRANSPOSES | _ROW_VIEWS | {operator.getitem, "to", "contiguous", "unbind", torch.unbind, "mT", getattr}
+)
 
 
 def _reaches_product(node: fx.Node, depth: int = 4) -> bool:

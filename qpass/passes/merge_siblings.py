@@ -30,11 +30,16 @@ def merge_siblings(graph: fx.Graph, ctx: Context) -> int:
         families.setdefault((x, scheme, ref.parameter.dtype), []).append(node)
     groups = [group for family in families.values() for group in _groups(sorted(family)) if len(group) > 1]
     bound_by_strides = _storages_bound_by_strides(graph)
-    count = 0
+    count, parted = 0, set()
     for group in groups:
-        if not any(s in bound_by_strides for node in group for s in storages(node)):
+        held = {s for node in group for s in storages(node)}
+        if held.isdisjoint(bound_by_strides):
             _merge(graph, group)
+            parted |= held
             count += 1
+    for node in graph.nodes:  # a part of a wider row is not contiguous: where a view may fail, a reshape does the same
+        if node.op == "call_method" and node.target in _VIEWS and not parted.isdisjoint(storages(node)):
+            node.target = _VIEWS[node.target]
     return count
 
 
@@ -69,11 +74,12 @@ def _merge(graph: fx.Graph, group: list[fx.Node]) -> None:
     for operand in (*weights, *biases):
         if isinstance(operand, fx.Node) and operand.op != "placeholder" and operand > first:
             first.prepend(operand)  # a transpose that was placed before its own linear
-    old = {s for node in group for s in storages(node)}
     rows = [node.meta[VALUE].shape[-1] for node in group]
     with graph.inserting_before(first):
         merged = graph.call_function(LINEAR, (first.args[0], weights, biases))
-        merged.meta = dict(first.meta) | {"qpass_names": tuple(name for node in group for name in node.meta["qpass_names"])}
+        merged.meta = dict(first.meta) | {
+            "qpass_names": tuple(name for node in group for name in node.meta["qpass_names"])
+        }
         set_value(merged)
         parts = graph.call_function(torch.split, (merged, rows, -1))
         set_value(parts)
@@ -82,9 +88,6 @@ def _merge(graph: fx.Graph, group: list[fx.Node]) -> None:
         piece.meta = {key: value for key, value in node.meta.items() if key != "qpass_names"}
         node.replace_all_uses_with(piece)
         graph.erase_node(node)
-    for node in graph.nodes:  # a part of a wider row is not contiguous: where a view may fail, a reshape does the same
-        if node.op == "call_method" and node.target in _VIEWS and not old.isdisjoint(storages(node)):
-            node.target = _VIEWS[node.target]
 
 
 _VIEWS = {"view": "reshape", "view_as": "reshape_as"}
@@ -95,7 +98,9 @@ def _storages_bound_by_strides(graph: fx.Graph) -> set:
     bound = set()
     for node in graph.nodes:
         by_strides = node.target in ("as_strided", torch.as_strided)
-        as_dtype = node.target == "view" and any(isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values()))
+        as_dtype = node.target == "view" and any(
+            isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values())
+        )
         if by_strides or as_dtype:
             bound |= set(storages(node))
     return bound

@@ -18,7 +18,9 @@ class Names:
 
     def __init__(self, graph: fx.Graph, parameters: dict[str, object]) -> None:
         self._parameters = {
-            node: source for node in graph.find_nodes(op="placeholder") if node.name in parameters and (source := _source(node))
+            node: source
+            for node in graph.find_nodes(op="placeholder")
+            if node.name in parameters and (source := _source(node))
         }
         roots = {match[1] for source in self._parameters.values() if (match := _ROOT.match(source))}
         self._several = len(roots) > 1

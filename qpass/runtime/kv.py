@@ -62,7 +62,7 @@ class KVCache:
         """The first ``n`` tokens, sharing this cache's memory, their number marked as one that varies."""
         part = KVCache(tuple(t[:n] for t in self.keys), tuple(t[:n] for t in self.values))
         for tensor in (*part.keys, *part.values):
-            torch._dynamo.mark_dynamic(tensor, 0, min=2)
+            torch._dynamo.mark_dynamic(tensor, 0)
         return part
 
     def check_room(self, position: int, tokens: int) -> None:

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.support.capture import rewrite
-from tests.support.tolerance import assert_rounding_apart
 from torch import nn
 from transformers.activations import ACT2FN
 
 from qpass.passes import canonicalize
 from qpass.passes.activations import activation_of
+from tests.support.capture import rewrite
+from tests.support.tolerance import assert_rounding_apart
 
 X = (torch.randn(4, 64) * 3,)
 
@@ -148,5 +148,5 @@ def test_in_place_activation_of_a_fresh_value():
 
 
 def test_in_place_activation_of_an_input_stays():
-    found, others, count = spelled(lambda x: (F.relu(x, inplace=True), x * 2))
+    found, _others, count = spelled(lambda x: (F.relu(x, inplace=True), x * 2))
     assert (found, count) == ([], 0)

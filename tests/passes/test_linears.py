@@ -3,12 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.support.capture import Body, rewrite
-from tests.support.tolerance import assert_rounding_apart
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from qpass.errors import UnsupportedError
 from qpass.passes import canonicalize
+from tests.support.capture import Body, rewrite
+from tests.support.tolerance import assert_rounding_apart
 
 LINEAR = torch.ops.qpass.linear.default
 N, K = 48, 32
@@ -80,7 +82,11 @@ TWINS = {
         X,
         "its weight is computed in the graph",
     ),
-    "weight is an input": (body(lambda m, x, w: F.linear(x, w)), (*X, torch.randn(N, K)), "its weight is an input of the graph"),
+    "weight is an input": (
+        body(lambda m, x, w: F.linear(x, w)),
+        (*X, torch.randn(N, K)),
+        "its weight is an input of the graph",
+    ),
     "weight is written to": (
         body(lambda m, x: F.linear(x, m.w.add_(1)), w=weight().requires_grad_(False)),
         X,
@@ -92,15 +98,25 @@ TWINS = {
         "its weight is written to in the graph",
     ),
     "vector": (body(lambda m, x: F.linear(x, m.w), w=vector(K)), X, "its weight has shape [32]; a matrix is needed"),
-    "float64": (
-        nn.Linear(K, N).double(),
-        (X[0].double(),),
-        "its weight is float64; served are bfloat16, float16, float32",
-    ),
     "experts": (
         body(lambda m, x: torch.bmm(x, m.w), w=nn.Parameter(torch.randn(2, K, N))),
         X,
         "3-D expert weights stay in float32",
+    ),
+    "on the left": (
+        body(lambda m, x: m.w @ x, w=weight(N, 6)),
+        ROWS,
+        "its weight stands on the left of the product",
+    ),
+    "in a vmap": (
+        body(lambda m, x: torch.vmap(lambda row: F.linear(row, m.w))(x), w=weight()),
+        X,
+        "its shapes are unknown, as inside torch.vmap",
+    ),
+    "in a nested graph": (
+        body(lambda m, x: checkpoint(lambda y: F.linear(y, m.w), x, use_reentrant=False), w=weight()),
+        X,
+        "its linears are inside a nested graph",
     ),
     "one expert": (
         body(lambda m, x: F.linear(x, m.w[1]), w=nn.Parameter(torch.randn(2, N, K))),
@@ -114,8 +130,18 @@ TWINS = {
 def test_left_with_a_reason(name):
     module, inputs, reason = TWINS[name]
     done = rewrite(module, inputs, [canonicalize])
-    assert done.nodes(LINEAR) == [] and done.counts == {"canonicalize": 0}
+    assert done.nodes(LINEAR) == []
+    assert done.counts == {"canonicalize": 0}
     assert any(reason in sentence for sentence in done.ctx.left.values()), done.ctx.left
+
+
+def test_another_dtype_is_left_unless_it_was_asked_for():
+    module, inputs = nn.Linear(K, N).double(), (X[0].double(),)
+    done = rewrite(module, inputs, [canonicalize], scheme="w16a16")
+    assert done.nodes(LINEAR) == []
+    assert done.ctx.left == {"weight": "its weight is float64; served are bfloat16, float16, float32"}
+    with pytest.raises(UnsupportedError, match="float64"):
+        rewrite(module, inputs, [canonicalize])
 
 
 def test_autocast_is_left():
@@ -131,7 +157,6 @@ def test_autocast_is_left():
 SILENT_TWINS = {
     "product of activations": (body(lambda m, x, y: x @ y), (*X, torch.randn(2, K, 7))),
     "scaled addmm": (body(lambda m, x: torch.addmm(m.b, x, m.w, beta=2), w=weight(K, N), b=vector()), ROWS),
-    "Parameter on the left": (body(lambda m, x: m.w @ x, w=weight(N, 6)), ROWS),
 }
 
 
@@ -139,7 +164,8 @@ SILENT_TWINS = {
 def test_no_linear(name):
     module, inputs = SILENT_TWINS[name]
     done = rewrite(module, inputs, [canonicalize])
-    assert done.nodes(LINEAR) == [] and done.counts == {"canonicalize": 0}
+    assert done.nodes(LINEAR) == []
+    assert done.counts == {"canonicalize": 0}
 
 
 BIASES = {
@@ -173,7 +199,8 @@ def test_a_bias_of_a_value_with_another_reader_is_not_absorbed():
 
     done = rewrite(body(run, w=weight(), b=vector()), X, [canonicalize])
     (node,) = done.nodes(LINEAR)
-    assert node.args[2] == [None] and done.counts == {"canonicalize": 1}
+    assert node.args[2] == [None]
+    assert done.counts == {"canonicalize": 1}
 
 
 def test_views_that_another_shape_follows_stay():

@@ -5,11 +5,11 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.support.capture import rewrite
-from tests.support.tolerance import assert_rounding_apart
 from torch import nn
 
 from qpass.passes import canonicalize
+from tests.support.capture import rewrite
+from tests.support.tolerance import assert_rounding_apart
 
 X, Y = torch.randn(4, 6), torch.randn(4, 6)
 
@@ -17,7 +17,8 @@ X, Y = torch.randn(4, 6), torch.randn(4, 6)
 def after(function, inputs=(X, Y)):
     done = rewrite(function, inputs, [canonicalize])
     assert_rounding_apart(done.capture.run(), done.outputs())
-    targets = [node.target for node in done.gm.graph.nodes if node.op.startswith("call")]
+    nodes = [node for node in done.gm.graph.nodes if node.op.startswith("call") and "example_value" in node.meta]
+    targets = [node.target for node in nodes]
     return targets, done.counts["canonicalize"]
 
 
@@ -72,7 +73,8 @@ def test_a_node_that_does_nothing_goes(function):
 )
 def test_a_node_that_does_something_stays(function, kept):
     targets, count = after(function)
-    assert kept in targets and count == 0
+    assert kept in targets
+    assert count == 0
 
 
 IN_PLACE = {
@@ -98,7 +100,8 @@ def _imul(a, b):
 def test_in_place_calls_that_nobody_can_tell(name):
     function, expected = IN_PLACE[name]
     targets, count = after(function)
-    assert targets[-1] is expected and count == 1
+    assert targets[-1] is expected
+    assert count == 1
 
 
 def _with_a_view(x, y):
@@ -143,4 +146,5 @@ def test_a_write_behind_a_dropped_dropout_is_still_seen():
         return z, y
 
     targets, count = after(function)
-    assert F.silu not in targets and count == 1
+    assert F.silu not in targets
+    assert count == 1

@@ -19,7 +19,9 @@ _NO_DROPOUT_IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_to
 CONFIGS: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "llama": lambda: tf.LlamaConfig(**_GATED, tie_word_embeddings=False),
     # Hidden 80 and intermediate 200 are multiples of no group: short last groups, and N that is no multiple of a block.
-    "llama_awkward": lambda: tf.LlamaConfig(**_GATED | {"hidden_size": 80, "intermediate_size": 200}, tie_word_embeddings=True),
+    "llama_awkward": lambda: tf.LlamaConfig(
+        **_GATED | {"hidden_size": 80, "intermediate_size": 200}, tie_word_embeddings=True
+    ),
     "mistral": lambda: tf.MistralConfig(**_GATED),
     "qwen2": lambda: tf.Qwen2Config(**_GATED, tie_word_embeddings=True),
     "qwen3": lambda: tf.Qwen3Config(**_GATED, head_dim=16),
@@ -57,7 +59,28 @@ def build(family: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> nn
     """The family's model with random weights, in evaluation mode."""
     torch.manual_seed(seed)
     head = _HEADS.get(family, tf.AutoModelForCausalLM)
-    return head.from_config(CONFIGS[family]()).to(dtype).eval()
+    model = head.from_config(CONFIGS[family]())
+    _enliven(model)
+    return model.to(dtype).eval()
+
+
+def _enliven(model: nn.Module) -> None:
+    """Weights under which every layer matters.
+
+    transformers' own start (0.02 everywhere) leaves so small a model's attention uniform, whatever q and k are, and
+    its biases at zero: a test could not see them wrong.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embed" in name and parameter.dim() == 2:
+                parameter.normal_(std=0.3)  # not so large that the layers' outputs vanish beside it
+            elif parameter.dim() >= 2:
+                inputs = parameter[0].numel() if parameter.dim() == 4 else parameter.shape[-1]
+                parameter.normal_(std=1.5 * inputs**-0.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
 
 
 def inputs(family: str, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> dict[str, Any]:

@@ -104,7 +104,7 @@ QPASS_INLINE __m512 fold(__m512 acc, __m512 total, __m512 scale, __m512 zero, co
 template <class F>
 QPASS_INLINE auto fold_zeros(const uint8_t* zeros, int v) {
   const __m512i z = load_zeros(zeros, v);
-  if constexpr (F::a16) return _mm512_cvtepi32_ps(_mm512_sub_epi32(z, _mm512_set1_epi32(Codes<F>::kCenter)));
+  if constexpr (F::a16) return _mm512_sub_ps(_mm512_cvtepi32_ps(z), _mm512_set1_ps(Codes<F>::kCenter));
   else return z;
 }
 
@@ -160,22 +160,27 @@ void unpack(const uint8_t* w, int chunks, uint8_t* panel) {
     }
 }
 
+// Segment i of a block, its weights still packed.
+template <class F>
+Segment segment_of(const uint8_t* block, int64_t k, int64_t segments, int64_t i) {
+  const int64_t group = F::grouped ? i : 0;
+  const uint8_t* record = block + group * F::group_bytes(k);
+  const uint8_t* codes = record + (F::grouped ? 0 : i * F::segment_chunks * F::chunk_bytes);
+  const uint8_t* scales = record + F::group_codes(k);
+  const int64_t left = F::padded_k(k) / F::chunk - i * F::segment_chunks;
+  const int chunks = int(left < F::segment_chunks ? left : F::segment_chunks);
+  return {codes, scales, scales + kBlock * F::scale_bytes, chunks, i == 0, i == segments - 1, i, group};
+}
+
 // total[rows][64] = the block's product with rows [row, row + rows) of the prepared activations; total starts at zero.
 template <class F>
 void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows, float* total, uint8_t* panel) {
   const int64_t tiles = ceil_div(rows, kTileRows);
-  const bool unpacks = F::unpacks && tiles > 1;
-  const int64_t all_chunks = F::padded_k(k) / F::chunk, group_bytes = F::group_bytes(k), group_codes = F::group_codes(k);
+  const bool unpacks = F::unpacks && rows >= F::panel_rows;
   for (int64_t i = 0; i < p.segments; i++) {
-    const int64_t group = F::grouped ? i : 0;
-    const uint8_t* record = block + group * group_bytes;
-    const uint8_t* codes = record + (F::grouped ? 0 : i * F::segment_chunks * F::chunk_bytes);
-    const int64_t left = all_chunks - i * F::segment_chunks;
-    const uint8_t* scales = record + group_codes;
-    Segment s{codes, scales, scales + kBlock * F::scale_bytes, int(left < F::segment_chunks ? left : F::segment_chunks),
-              i == 0, i == p.segments - 1, i, group};
+    Segment s = segment_of<F>(block, k, p.segments, i);
     if (unpacks) {
-      unpack<F>(codes, s.chunks, panel);
+      unpack<F>(s.weights, s.chunks, panel);
       s.weights = panel;
     }
     for (int64_t t = 0, at = 0; t < tiles; t++) {  // tiles of almost equal height

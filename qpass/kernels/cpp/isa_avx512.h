@@ -60,11 +60,11 @@ struct Codes<F, false, 4> {
 // 2 gives (4r + 1, 4r + 3), nibbles 1 and 3 the same of the k4-step r + code_rows.
 template <class F>
 struct Codes<F, true, 4> {
-  static constexpr int kCenter = 8;
+  static constexpr float kCenter = 8;
   const __m512i table = [] {
     alignas(64) uint16_t t[32];
     for (int i = 0; i < 32; i++) {
-      const float v = float(i % 16 - kCenter);
+      const float v = float(i % 16) - kCenter;
       uint32_t bits;
       __builtin_memcpy(&bits, &v, 4);
       t[i] = uint16_t(bits >> 16);
@@ -83,22 +83,51 @@ struct Codes<F, true, 4> {
   }
 };
 
-// 8-bit codes as bf16 pairs, less 128: a byte at the top of a dword is 2^24 times itself, exactly, as a float whose upper half
-// is the bf16; the scale takes the 2^24 back. Plane 0 gives inputs (4r, 4r + 2), plane 1 gives (4r + 1, 4r + 3).
+// 8-bit codes as bf16 pairs, less 127.5: that center leaves 128 magnitudes (j + 1/2, exact in bf16) and a sign, so with VBMI
+// each half of a bf16 is one lookup of 128 bytes. Plane 0 gives inputs (4r, 4r + 2), plane 1 gives (4r + 1, 4r + 3).
 template <class F>
 struct Codes<F, true, 8> {
-  static constexpr int kCenter = 128;
-  const __m512i flip = _mm512_set1_epi8(int8_t(0x80));
+  static constexpr float kCenter = 127.5f;
   static constexpr int step(int r, int p) { return r * 2 + p; }
+  static constexpr int input(int step, int half) { return 4 * (step / 2) + step % 2 + 2 * half; }
+#ifdef __AVX512VBMI__
+  struct Table {
+    alignas(64) uint8_t upper[128], lower[128];
+    constexpr Table() : upper(), lower() {
+      for (int j = 0; j < 128; j++) {
+        int exponent = 126, top = 1;  // j + 1/2 = (2j + 1) / 2, whose highest bit is `top`
+        while (top * 2 <= 2 * j + 1) top *= 2, exponent++;
+        const int mantissa = (2 * j + 1 - top) * (128 / top);
+        upper[j] = uint8_t(exponent >> 1);
+        lower[j] = uint8_t((exponent & 1) << 7 | mantissa);
+      }
+    }
+  };
+  static constexpr Table table{};
+  const __m512i upper0 = load(table.upper), upper1 = load(table.upper + 64);
+  const __m512i lower0 = load(table.lower), lower1 = load(table.lower + 64);
+  const __m512i most = _mm512_set1_epi8(127), sign = _mm512_set1_epi8(int8_t(0x80));
   QPASS_INLINE __m512i plane(const uint8_t* row, int p) const {
-    const __m512i v = _mm512_xor_si512(load(row), flip);
-    const __m512i a = p ? _mm512_slli_epi32(v, 16) : _mm512_slli_epi32(v, 24);
-    const __m512i b = p ? v : _mm512_slli_epi32(v, 8);
-    const __m512i low = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(a, 24)));
-    const __m512i high = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(b, 24)));
+    const __m512i c = load(row);
+    // j: c - 128 where the top bit is set (the lookup reads 7 bits of its index), else 127 - c
+    const __m512i j = _mm512_mask_sub_epi8(c, _mm512_testn_epi8_mask(c, sign), most, c);
+    const __m512i lower = _mm512_permutex2var_epi8(lower0, j, lower1);
+    const __m512i magnitude = _mm512_permutex2var_epi8(upper0, j, upper1);
+    const __m512i upper = _mm512_ternarylogic_epi32(magnitude, c, sign, 0xf2);  // magnitude | (~c & sign)
+    return p ? _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaaull, _mm512_srli_epi16(lower, 8), upper)
+             : _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaaull, lower, _mm512_slli_epi16(upper, 8));
+  }
+#else
+  const __m512 center = _mm512_set1_ps(kCenter);
+  const __m512i byte = _mm512_set1_epi32(255);
+  QPASS_INLINE __m512i plane(const uint8_t* row, int p) const {
+    const __m512i v = p ? _mm512_srli_epi32(load(row), 8) : load(row);
+    const __m512i a = _mm512_and_si512(v, byte), b = _mm512_and_si512(_mm512_srli_epi32(v, 16), byte);
+    const __m512i low = _mm512_castps_si512(_mm512_sub_ps(_mm512_cvtepi32_ps(a), center));
+    const __m512i high = _mm512_castps_si512(_mm512_sub_ps(_mm512_cvtepi32_ps(b), center));
     return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(low, 16), high);
   }
-  static constexpr int input(int step, int half) { return 4 * (step / 2) + step % 2 + 2 * half; }
+#endif
 };
 
 // 16 scales of vector v; 16 zeros as int32.

@@ -46,8 +46,8 @@ struct Kernel {
     uint8_t* panel = (uint8_t*)scratch;
     uint8_t* totals = panel + kPanelBytes;
 #ifdef QPASS_AMX
-    const bool tiles = amx::takes<F>(p.rows);
-    if (tiles) amx::configure<F>();
+    const bool tiles = amx::takes(c, F::a16);
+    if (tiles) amx::configure<F>(p.rows);
 #endif
     for (int64_t task = begin; task < end; task++) {
       const int64_t block = task % blocks, row = task / blocks * c.rows_per_task;

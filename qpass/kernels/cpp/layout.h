@@ -36,6 +36,12 @@ struct Format {
   static constexpr int segment = grouped ? Group : (a16 ? 128 : 256);
   static constexpr int segment_chunks = segment / chunk;
   static constexpr bool unpacks = a16 || Bits == 4;  // 8-bit codes are what vpdpbusd takes
+#ifdef QPASS_PANEL_ROWS
+  static constexpr int panel_rows = QPASS_PANEL_ROWS;
+#else
+  // Measured on Zen 4: nibbles cost so little to unpack in registers that a panel breaks even late.
+  static constexpr int panel_rows = Bits == 4 ? 61 : 13;
+#endif
 
   static constexpr int64_t padded_k(int64_t k) { return round_up(k, grouped ? Group : chunk); }
   static constexpr int64_t groups(int64_t k) { return grouped ? ceil_div(k, Group ? Group : 1) : 1; }

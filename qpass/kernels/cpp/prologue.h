@@ -14,7 +14,7 @@ constexpr int terms_of(int dtype) { return dtype == QPASS_BF16 ? 1 : dtype == QP
 template <class F>
 struct Prepared {
   int64_t rows;    // of the product: m, times the terms for a16
-  int64_t stride;  // rows padded to whole AMX tiles
+  int64_t stride;  // rows and room for the AMX tile that starts at any of them
   int64_t segments, sum_groups, scale_groups;
   uint8_t* elements;
   uint8_t* sums;
@@ -22,7 +22,7 @@ struct Prepared {
 
   explicit Prepared(const QpassCall& c) {
     rows = c.m * (F::a16 ? terms_of(c.dtype) : 1);
-    stride = round_up(rows, kLanes);
+    stride = round_up(rows, kLanes) + kLanes;
     segments = F::segments(c.k);
     sum_groups = F::groups(c.k);
     scale_groups = F::rule == QPASS_A8_TOKEN_GROUP ? sum_groups : F::rule == QPASS_A8_TOKEN ? 1 : 0;

@@ -1,0 +1,145 @@
+"""The command ``qpass``: names, options and error messages. What the commands do is in ``commands``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Optional
+
+import typer
+
+from qpass.errors import QpassError
+
+app = typer.Typer(
+    name="qpass",
+    help="Quantized transformer inference on this CPU, inside PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_SCHEMES = "w16a16, w8a16, w8a8-dynamic, w4a16-g32, -g64 or -g128, w4a8-g32, -g64 or -g128"
+
+Model = Annotated[str, typer.Argument(help="A folder with a config.json, a .gguf file, or a hub id.", show_default=False)]
+SchemeOption = Annotated[str, typer.Option(help=f"What the weights are stored as: {_SCHEMES}.")]
+Exclude = Annotated[
+    Optional[list[str]],  # noqa: UP045  typer reads the annotation at run time
+    typer.Option(help="A module pattern to leave as it is, such as 'lm_head' or 'model.layers.0.*'; may be repeated.", show_default=False),
+]
+Lowering = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="The only lowering to use: generated, onednn, aten or reference. By default the first that can.", show_default=False),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, warnings and logs.")]
+
+
+@app.callback()
+def main() -> None:
+    """Quantized transformer inference on this CPU, inside PyTorch."""
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = "Explain in three sentences why the sky is blue.",
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="How many tokens to generate at most.")] = 64,
+    debug: Debug = False,
+) -> None:
+    """SmolLM2-135M-Instruct in bf16, int8 and int4 side by side: text, tokens a second, first token, megabytes."""
+    with _spoken(debug):
+        from qpass.frontends.commands import demo as command
+
+        command.demo(prompt=prompt, max_new_tokens=max_new_tokens)
+
+
+@app.command()
+def run(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue, or the question to answer; - reads stdin.", show_default=False)],
+    scheme: SchemeOption = "w8a16",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more random.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability; 1 keeps all.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep this many of the likeliest tokens; 0 keeps all.")] = 0,
+    seed: Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,  # noqa: UP045
+    exclude: Exclude = None,
+    lowering: Lowering = None,
+    chat: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template. By default where it has one.", show_default=False),
+    ] = None,
+    keep_weights: Annotated[bool, typer.Option("--keep-weights", help="Keep the full-precision weights in memory.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Generate text: it streams to stdout; times and memory follow on stderr."""
+    with _spoken(debug):
+        from qpass.frontends.commands import run as command
+
+        command.run(
+            model,
+            sys.stdin.read() if prompt == "-" else prompt,
+            scheme=scheme,
+            exclude=tuple(exclude or ()),
+            lowering=lowering,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            chat=chat,
+            keep_weights=keep_weights,
+        )
+
+
+@app.command()
+def explain(
+    model: Model,
+    scheme: SchemeOption = "w8a16",
+    exclude: Exclude = None,
+    lowering: Lowering = None,
+    full: Annotated[bool, typer.Option("--full", help="One row for each linear, not one for each kind.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Compile a model and print what became of each linear: shape, scheme, lowering, bytes, refusals."""
+    with _spoken(debug):
+        from qpass.frontends.commands import explain as command
+
+        command.explain(model, scheme=scheme, exclude=tuple(exclude or ()), lowering=lowering, full=full)
+
+
+@app.command()
+def doctor(debug: Debug = False) -> None:
+    """What this machine offers: CPU, instruction sets, caches, bandwidth, compiler, versions, cache folder."""
+    with _spoken(debug):
+        from qpass.frontends.commands import doctor as command
+
+        if not command.doctor():
+            raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _spoken(debug: bool) -> Iterator[None]:
+    """Prepare the process; an error of ours becomes one sentence on stderr and exit code 2."""
+    try:
+        from qpass.frontends.commands import session
+
+        session.prepare(debug=debug)
+        yield
+    except QpassError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _complain(message: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", style="red", markup=False)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,105 @@
+"""``qpass demo``: one small model in bf16, int8 and int4 side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from qpass.frontends.commands import session
+from qpass.frontends.commands.text import encode
+
+PROMPT = "Explain in three sentences why the sky is blue."
+
+VARIANTS = (("bf16", None), ("int8", "w8a16"), ("int4", "w4a16-g64"))
+"""int4 in groups of 64: the model's width, 576, is nine of them and four and a half of 128."""
+
+NEW_TOKENS = 64
+ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    label: str
+    scheme: str
+    text: str
+    ttft_ms: float
+    tpot_ms: float
+    linear_bytes: int
+    compile_seconds: float
+
+
+def demo(*, prompt: str = PROMPT, max_new_tokens: int = NEW_TOKENS) -> None:
+    """Prints the texts as panels and the numbers as a table to stdout. Raises QpassError."""
+    from qpass.frontends.demo_model import demo_model_path
+    from qpass.frontends.hf import load
+
+    console = Console(highlight=False)
+    loaded = load(demo_model_path())
+    input_ids = encode(loaded.tokenizer, prompt, None)
+    console.print(f"[bold]SmolLM2-135M-Instruct[/bold]: {prompt}\n")
+    contenders: dict[str, session.Ready] = {}
+    for label, scheme in VARIANTS:
+        compile = session.baseline() if scheme is None else session.compiler(scheme, (), None, release_weights=False)
+        contenders[label] = session.ready(loaded, compile, f"{label} ({len(contenders) + 1} of {len(VARIANTS)})")
+    outcomes = _outcomes(contenders, input_ids, max_new_tokens)
+    for outcome in outcomes:
+        console.print(Panel(outcome.text, title=f"{outcome.label}  {outcome.scheme}", title_align="left"))
+    console.print(table(outcomes))
+    console.print(
+        "[dim]greedy, one prompt, the same static-cache loop for all three; bf16 is stock torch.compile; "
+        "MB are those of the linear layers, the head in 8 bits under int4[/dim]"
+    )
+
+
+def _outcomes(contenders: dict[str, session.Ready], input_ids: Any, new: int) -> list[Outcome]:
+    """Generate in turns, bf16 int8 int4 bf16 .., so that a drift of the machine hits all alike."""
+    from qpass.measure.latency import measure
+
+    texts: dict[str, str] = {}
+
+    def generation(label: str, ready: session.Ready) -> Any:
+        out = ready.decoder.generate(input_ids, max_new_tokens=new)
+        texts[label] = ready.loaded.tokenizer.decode(out.new_tokens[0], skip_special_tokens=True).strip()
+        return out
+
+    runs = {label: lambda label=label, ready=ready: generation(label, ready) for label, ready in contenders.items()}
+    records = measure(runs, rounds=ROUNDS, warm_up=1)
+    found = {(r.what, r.settings["variant"]): r.value for r in records}
+    schemes = dict(VARIANTS)
+    before = next(ready.explanation.bytes_before for ready in contenders.values() if ready.explanation)
+    return [
+        Outcome(
+            label=label,
+            scheme=schemes[label] or "stock torch.compile",
+            text=texts[label],
+            ttft_ms=found["ttft", label],
+            tpot_ms=found.get(("tpot", label), float("nan")),
+            linear_bytes=ready.explanation.bytes_after if ready.explanation else before,
+            compile_seconds=ready.seconds,
+        )
+        for label, ready in contenders.items()
+    ]
+
+
+def table(outcomes: list[Outcome]) -> Table:
+    """The numbers, and how each compares with the first row."""
+    first = outcomes[0]
+    shown = Table(title="side by side", title_justify="left")
+    shown.add_column("weights")
+    for name in ("tokens/s", "speed", "first token", "linear weights", "size", "compile"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for o in outcomes:
+        shown.add_row(
+            o.label,
+            f"{1e3 / o.tpot_ms:.1f}",
+            f"{first.tpot_ms / o.tpot_ms:.2f}x",
+            f"{o.ttft_ms:.0f} ms",
+            f"{o.linear_bytes / 1e6:.0f} MB",
+            f"{o.linear_bytes / first.linear_bytes:.0%}",
+            f"{o.compile_seconds:.0f} s",
+        )
+    return shown

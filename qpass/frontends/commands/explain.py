@@ -1,0 +1,42 @@
+"""``qpass explain``: compile a model's token step and print what became of each linear."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from qpass.frontends.commands import session
+
+
+def explain(model: str, *, scheme: str, exclude: Sequence[str], lowering: str | None, full: bool) -> None:
+    """The table goes to stdout. Raises QpassError."""
+    session.check(model, scheme)
+    import torch
+
+    import qpass
+    from qpass.errors import UnsupportedError
+    from qpass.frontends import progress
+    from qpass.frontends.hf import load
+    from qpass.runtime.decoder import Decoder
+
+    loaded = load(model)
+    compile = session.compiler(scheme, exclude, lowering, release_weights=False)
+    errors = Console(stderr=True, highlight=False)
+    with progress.waiting(f"compiling the token step, {scheme}"), torch.no_grad():
+        try:
+            decoder = Decoder(loaded.model, compile)
+        except UnsupportedError as error:
+            errors.print(f"[yellow]{error}; explaining the plain forward instead[/yellow]")
+            compiled = compile(loaded.model)
+            compiled(torch.zeros(1, 4, dtype=torch.int64))
+        else:
+            compiled = decoder.token_step
+            cache = decoder.allocate(1, 2)
+            one = torch.zeros(1, 1, dtype=torch.int64)
+            decoder.prefill(one, one[0], cache)
+    explanation = qpass.explain(compiled)
+    console = Console(highlight=False)
+    console.print(explanation.table(full=full))
+    for line in explanation.footnotes():
+        console.print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,92 @@
+"""What the commands share: a quiet process with its caches in one place, and a model made ready to generate."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qpass.errors import UnsupportedError
+from qpass.frontends import progress
+from qpass.frontends.hf import Loaded
+from qpass.kernels.store import cache_folder, open_folder
+
+
+def prepare(*, debug: bool = False) -> None:
+    """Set up the process before torch is imported: compiled code in qpass' cache, and no noise unless ``debug``.
+
+    A compiled graph found in the cache makes the second run of a command start in seconds.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(open_folder(cache_folder()) / "inductor"))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if debug:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore")
+    for name in ("torch", "torchao", "torch._inductor", "torch._dynamo", "torch.fx", "transformers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def check(model: str, scheme: str) -> None:
+    """A typing error should cost neither the import of torch nor the loading of a model. Raises QpassError."""
+    from qpass.frontends.hf import locate
+    from qpass.scheme import Scheme
+
+    Scheme.parse(scheme)
+    locate(model)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model behind a decoder, both steps compiled. ``decoder`` is None where the model can't have one; then
+    ``fallback`` is the compiled model itself and ``reason`` says why."""
+
+    loaded: Loaded
+    decoder: Any  # qpass.runtime.decoder.Decoder
+    fallback: Any
+    reason: str
+    seconds: float
+    graphs: int
+    explanation: Any  # qpass.frontends.explain.Explanation, None for the baseline
+
+
+def compiler(scheme: Any, exclude: Sequence[str], lowering: str | None, release_weights: bool) -> Callable[..., Any]:
+    """``qpass.compile`` with its arguments given, as the decoder wants it."""
+    import qpass
+
+    return functools.partial(
+        qpass.compile,
+        scheme=scheme,
+        exclude=tuple(exclude),
+        lowering=lowering,
+        release_weights=release_weights,
+        fullgraph=True,
+        dynamic=False,
+    )
+
+
+def baseline() -> Callable[..., Any]:
+    """Stock Inductor, for comparison: the same steps, the same cache, bf16 weights."""
+    import torch
+
+    return functools.partial(torch.compile, backend="inductor", fullgraph=True, dynamic=False)
+
+
+def ready(loaded: Loaded, compile: Callable[..., Any], what: str) -> Ready:
+    """Compile and warm up. A model that can't run on the static cache gets its own ``generate``, and a reason."""
+    import qpass
+    from qpass.runtime.decoder import Decoder
+
+    try:
+        decoder = Decoder(loaded.model, compile)
+    except UnsupportedError as error:
+        return Ready(loaded, None, compile(loaded.model), str(error), 0.0, 0, None)
+    with progress.waiting(f"compiling {what}"):
+        seconds = decoder.warm_up()
+    own = hasattr(decoder.token_step, "_qpass_backend")
+    return Ready(loaded, decoder, None, "", seconds, decoder.graphs, qpass.explain(decoder.token_step) if own else None)

@@ -1,0 +1,122 @@
+"""Random weights, and what a kernel must compute from them: fp64 over the same codes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import qpass.ops  # noqa: F401
+from qpass.cpu import detect
+from qpass.kernels import load
+from qpass.kernels.pack import pack
+from qpass.kernels.plan import SERVED, KernelFormat
+
+SERVES = detect().tier in SERVED
+HAS_AMX = detect().tier == "amx"
+
+FORMATS = [
+    KernelFormat(bits, group, rule, 2 if group else 4)
+    for bits, group, rule in itertools.product((4, 8), (None, 32, 64, 128), ("a16", "a8-token", "a8-token-group"))
+    if group or rule != "a8-token-group"
+]
+
+TIERS = ["avx512_vnni", "amx"]
+"""'amx' runs the same loops with emulated tiles on a machine without them."""
+
+BARS = {torch.bfloat16: 45.0, torch.float16: 60.0, torch.float32: 100.0}
+
+
+def name_of(format: KernelFormat) -> str:
+    return f"w{format.bits}-{format.group}-{format.rule}-{format.scale_bytes}"
+
+
+def use(format: KernelFormat, tier: str = "avx512_vnni") -> None:
+    """Serve ``format`` with the kernels of ``tier`` from now on."""
+    load.ensure(format, tier=tier, emulate_amx=tier == "amx" and not HAS_AMX)  # type: ignore[arg-type]
+
+
+@dataclass
+class Weight:
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    format: KernelFormat
+    glu: bool = False
+
+    @classmethod
+    def random(cls, n: int, k: int, format: KernelFormat, glu: bool = False, power_of_two: bool = False) -> Weight:
+        groups, top = format.groups(k), 1 << format.bits
+        codes = torch.randint(0, top, (n, k), dtype=torch.uint8)
+        zeros = torch.randint(top // 4, 3 * top // 4, (n, groups), dtype=torch.uint8)
+        scales = (torch.rand(n, groups) * 0.01 + 0.005).half().float()
+        if power_of_two:
+            scales = torch.exp2(torch.randint(-8, -4, (n, groups)).float())
+        return cls(codes, scales, zeros, format, glu)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def packed(self) -> Tensor:
+        return pack(self.codes, self.scales, self.zeros, self.format, self.glu)
+
+    def dense(self) -> Tensor:
+        """fp64 [N, K]."""
+        k = self.shape[1]
+        length = self.format.group or k
+        zeros, scales = (t.double().repeat_interleave(length, 1)[:, :k] for t in (self.zeros, self.scales))
+        return (self.codes.double() - zeros) * scales
+
+    def with_zero_off_by_one(self) -> Weight:
+        zeros = self.zeros.clone()
+        zeros[:, zeros.shape[1] // 2] += 1
+        return replace(self, zeros=zeros)
+
+
+def quantized(x: Tensor, format: KernelFormat) -> tuple[Tensor, Tensor]:
+    """The int8 values [M, K] and their scales [M, K], both fp32, of an a8 rule."""
+    k = x.shape[1]
+    length = k if format.rule == "a8-token" else format.group
+    assert length is not None
+    padded = torch.nn.functional.pad(x.float(), (0, -k % length)).view(x.shape[0], -1, length)
+    amax = padded.abs().amax(2, keepdim=True)
+    amax = torch.where(amax > 0, amax, torch.full_like(amax, 127.0))
+    inverse = torch.full_like(amax, 127.0) / amax  # 127.0 / amax would be a reciprocal times 127
+    values = (padded * inverse).round().clamp(-127, 127)
+    scales = (amax / torch.full_like(amax, 127.0)).expand_as(padded)
+    return values.reshape(x.shape[0], -1)[:, :k], scales.reshape(x.shape[0], -1)[:, :k]
+
+
+def product(x: Tensor, weight: Weight) -> Tensor:
+    """fp64 [M, N]: x, as the activation rule sees it, times the weight."""
+    if weight.format.rule == "a16":
+        return x.double() @ weight.dense().t()
+    values, scales = quantized(x, weight.format)
+    return (values.double() * scales.double()) @ weight.dense().t()
+
+
+def run(
+    x: Tensor,
+    weight: Weight,
+    *,
+    bias: Tensor | None = None,
+    mul: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: int = 0,
+    packed: Tensor | None = None,
+) -> Tensor:
+    n, k = weight.shape
+    packed = weight.packed() if packed is None else packed
+    return torch.ops.qpass.packed_linear(
+        x, packed, bias, mul, residual, n, k, weight.format.number, activation, weight.glu
+    )
+
+
+def sqnr_db(reference: Tensor, result: Tensor) -> float:
+    error = (reference.double() - result.double()).square().sum().item()
+    signal = reference.double().square().sum().item()
+    return math.inf if error == 0 else -math.inf if not math.isfinite(error) else 10 * math.log10(signal / error)

@@ -1,0 +1,70 @@
+"""The packed weight: there and back, and the bytes where the layout says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import FORMATS, Weight, name_of
+
+from qpass.algorithms.rtn import rtn
+from qpass.kernels.pack import pack, scale_bytes, unpack
+from qpass.kernels.plan import KernelFormat
+from qpass.scheme import Format
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS if f.rule == "a16"], ids=name_of)
+def test_round_trip(format: KernelFormat) -> None:
+    for n, k in ((1, 1), (64, 128), (65, 129), (130, 391), (200, 20)):
+        for glu in (False, True):
+            if glu and n % 2:
+                continue
+            weight = Weight.random(n, k, format, glu)
+            packed = weight.packed()
+            assert packed.numel() == format.packed_bytes(n, k, glu)
+            assert packed.data_ptr() % 64 == 0
+            codes, scales, zeros = unpack(packed, n, k, format, glu)
+            assert torch.equal(codes, weight.codes)
+            assert torch.equal(scales, weight.scales)
+            assert torch.equal(zeros, weight.zeros)
+
+
+def test_int4_bytes() -> None:
+    """Output 17 is lane 1 of vector 1; input 70 is k4-step 1 of chunk 1, a low nibble; input 102 is step 9, a high one."""
+    format = KernelFormat(4, 128, "a16", 2)
+    codes = torch.zeros(64, 128, dtype=torch.uint8)
+    codes[17, 70], codes[17, 102] = 5, 9
+    packed = pack(codes, torch.ones(64, 1), torch.full((64, 1), 8, dtype=torch.uint8), format)
+    byte = (1 * 4 + 1) * 512 + 1 * 64 + 1 * 4 + 2
+    assert packed[:4096].nonzero().view(-1).tolist() == [byte]
+    assert packed[byte].item() == 5 | 9 << 4
+    assert packed[4096:4224].view(torch.float16).eq(1).all()
+    assert packed[4224:].eq(8).all()
+
+
+def test_int8_bytes() -> None:
+    format = KernelFormat(8, None, "a16", 4)
+    codes = torch.zeros(64, 70, dtype=torch.uint8)
+    codes[33, 69] = 200
+    packed = pack(codes, torch.ones(64, 1), torch.zeros(64, 1, dtype=torch.uint8), format)
+    assert packed[:8192].nonzero().view(-1).tolist() == [(1 * 4 + 2) * 1024 + 1 * 64 + 1 * 4 + 1]
+
+
+def test_gated_blocks_alternate() -> None:
+    format = KernelFormat(8, None, "a16", 4)
+    codes = torch.arange(140, dtype=torch.uint8)[:, None].expand(140, 64).contiguous()
+    packed = pack(codes, torch.ones(140, 1), torch.zeros(140, 1, dtype=torch.uint8), format, glu=True)
+    assert packed.view(4, -1)[:, 0].tolist() == [0, 70, 64, 134]
+
+
+@pytest.mark.parametrize(
+    ("scales", "expected"),
+    [([1.0, 0.5, 2**-14], 2), ([1.0, 2**-15], 4), ([0.1], 4), ([70000.0], 4), ([65504.0], 2), ([0.0], 4)],
+)
+def test_scales_are_halves_where_that_is_exact(scales: list[float], expected: int) -> None:
+    assert scale_bytes(torch.tensor(scales)) == expected
+
+
+def test_grouped_rtn_gets_half_scales() -> None:
+    weight = torch.randn(64, 256)
+    assert scale_bytes(rtn(weight, Format(4, 128)).scales) == 2
+    assert scale_bytes(rtn(weight, Format(8)).scales) == 4

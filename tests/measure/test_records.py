@@ -1,0 +1,78 @@
+"""Records: what was measured survives the file; turns are taken; memory is told."""
+
+import pytest
+
+from qpass.errors import CheckpointError
+from qpass.measure import memory
+from qpass.measure.latency import measure
+from qpass.measure.record import Record, append, quantile, read
+
+
+class _Fake:
+    def __init__(self, ttft_ms, token_ms):
+        self.ttft_ms, self.token_ms = ttft_ms, token_ms
+
+
+def test_quantiles():
+    assert quantile([1, 2, 3], 0.5) == 2
+    assert quantile([1, 2], 0.5) == 1.5
+    assert quantile([7], 0.9) == 7
+
+
+def test_a_record_survives_the_file(tmp_path):
+    path = tmp_path / "deep" / "records.jsonl"
+    first = Record.of("tpot", [3.0, 1.0, 2.0], "ms", {"scheme": "w8a16"}, limit=1.0)
+    assert (first.median, first.n, first.share_of_limit) == (2.0, 3, 0.5)
+    assert first.p10 < first.value < first.p90
+    append(path, [first])
+    append(path, [Record.of("ttft", [5.0], "ms")])
+    assert list(read(path))[0] == first
+    assert [r.what for r in read(path)] == ["tpot", "ttft"]
+
+
+@pytest.mark.parametrize("line", ["not json", "{}", "[1]", '{"machine": {}}'])
+def test_a_bad_line_is_named(tmp_path, line):
+    path = tmp_path / "records.jsonl"
+    append(path, [Record.of("x", [1.0], "ms")])
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(CheckpointError, match=r"records.jsonl:2 is not a record"):
+        list(read(path))
+
+
+def test_nothing_observed_is_an_error():
+    with pytest.raises(ValueError, match="nothing was observed"):
+        Record.of("x", [], "ms")
+
+
+def test_variants_take_turns_and_the_warm_up_is_left_out():
+    order = []
+
+    def variant(name, times):
+        def generate():
+            order.append(name)
+            return _Fake(times.pop(0), [10.0, 20.0, 90.0])
+
+        return generate
+
+    records = measure(
+        {"a": variant("a", [99, 1, 2, 3]), "b": variant("b", [99, 5, 5, 5])}, rounds=3, limits_ms={"a": 10.0}
+    )
+    assert order == ["a", "b"] * 4
+    found = {(r.what, r.settings["variant"]): r for r in records}
+    assert found["ttft", "a"].value == 2
+    assert found["ttft", "b"].value == 5
+    assert found["tpot", "a"].value == 20
+    assert found["tpot", "a"].share_of_limit == 0.5
+    assert found["tpot", "b"].share_of_limit is None
+
+
+def test_memory_grows_with_what_is_held():
+    before = memory.resident_bytes()
+    held = bytearray(64 << 20)
+    held[:: 4096] = b"x" * len(held[:: 4096])
+    assert memory.resident_bytes() - before > 48 << 20
+    assert memory.peak_bytes() >= memory.resident_bytes() - (1 << 20)
+    del held
+    if memory.reset_peak():
+        assert memory.peak_bytes() <= memory.resident_bytes() + (8 << 20)

@@ -1,0 +1,126 @@
+"""The static cache under a model's forward: positions a row, rollback, padding, sliding windows, refusals."""
+
+import pytest
+import tiny_decoders
+import torch
+import transformers as tf
+
+from qpass.errors import OptionError, UnsupportedError
+from qpass.runtime import attention
+from qpass.runtime.kv import KVCache
+from qpass.runtime.step import make_prompt, make_step, probe, refuse
+
+CLOSE = 2e-5  # fp32, logits of size 1 to 10: the order of sums differs, nothing else
+
+
+def _run(model, step, *args):
+    with torch.no_grad(), attention.swapped(attention.configs_of(model)):
+        return step(*args)
+
+
+@pytest.mark.parametrize("name", tiny_decoders.CONFIGS)
+def test_rows_at_their_own_positions_give_the_logits_of_a_plain_forward(name):
+    """Prompt with one padded row, a token, tokens that are rejected, and others in their place at ragged positions."""
+    model = tiny_decoders.build(name)
+    ids = tiny_decoders.prompt(14, batch=2)
+    pad = torch.tensor([3, 0])
+    with torch.no_grad():
+        wanted = [model(ids[:1, 3:]).logits[0], model(ids[1:]).logits[0]]
+    cache = KVCache.allocate(probe(model), 2, 32)
+    part = cache.first(8)
+    step = make_step(model, last_only=False)
+    last = _run(model, make_prompt(model), ids[:, :8], pad, part.keys, part.values)
+    one = _run(model, step, ids[:, 8:9], torch.tensor([8, 8]), pad, cache.keys, cache.values)
+    rejected = tiny_decoders.prompt(3, seed=5, batch=2)
+    _run(model, step, rejected, torch.tensor([9, 9]), pad, cache.keys, cache.values)
+    ragged = torch.stack([ids[0, 9:13], ids[1, 8:12]])
+    four = _run(model, step, ragged, torch.tensor([9, 8]), pad, cache.keys, cache.values)
+    for got, row, place in ((last[0], 0, 7), (last[1], 1, 7), (one[0, 0], 0, 8), (one[1, 0], 1, 8)):
+        torch.testing.assert_close(got, wanted[row][place - int(pad[row])], atol=CLOSE, rtol=CLOSE)
+    torch.testing.assert_close(four[0], wanted[0][6:10], atol=CLOSE, rtol=CLOSE)
+    torch.testing.assert_close(four[1], wanted[1][8:12], atol=CLOSE, rtol=CLOSE)
+
+
+def test_after_a_rejection_the_cache_holds_what_it_would_have_held_without():
+    model = tiny_decoders.build("llama")
+    ids = tiny_decoders.prompt(12)
+    pad, step = torch.zeros(1, dtype=torch.int64), make_step(model, last_only=True)
+    caches = []
+    for wrong in (None, tiny_decoders.prompt(4, seed=9)):
+        cache = KVCache.allocate(probe(model), 1, 16)
+        _run(model, step, ids[:, :6], torch.tensor([0]), pad, cache.keys, cache.values)
+        if wrong is not None:
+            _run(model, step, wrong, torch.tensor([6]), pad, cache.keys, cache.values)
+        _run(model, step, ids[:, 6:], torch.tensor([6]), pad, cache.keys, cache.values)
+        caches.append(cache)
+    plain, speculated = caches
+    for a, b in zip((*plain.keys, *plain.values), (*speculated.keys, *speculated.values), strict=True):
+        assert torch.equal(a[:12], b[:12])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_our_attention_equals_sdpa(name):
+    """The same plain forward under transformers' attention and under ours."""
+    model = tiny_decoders.build(name)
+    ids = tiny_decoders.prompt(11, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask).logits
+        with attention.swapped(attention.configs_of(model)):
+            got = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(got[0, 4:], wanted[0, 4:], atol=CLOSE, rtol=CLOSE)
+    torch.testing.assert_close(got[1], wanted[1], atol=CLOSE, rtol=CLOSE)
+
+
+def test_the_attention_of_the_config_is_put_back():
+    model = tiny_decoders.build("llama")
+    before = model.config._attn_implementation
+    with pytest.raises(ZeroDivisionError), attention.swapped(attention.configs_of(model)):
+        assert model.config._attn_implementation == attention.NAME
+        1 / 0  # noqa: B018
+    assert model.config._attn_implementation == before
+
+
+def test_one_query_is_masked_and_grouped_like_many():
+    """The path for one query must agree with the one for several, per head and behind a mask."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 10, 8), torch.randn(2, 2, 10, 8)
+    mask = torch.where(torch.rand(2, 1, 1, 10) < 0.5, 0.0, float("-inf"))
+    mask[..., 0] = 0.0
+    module = torch.nn.Module()
+    got, _ = attention.attend(module, query, key, value, mask)
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+    torch.testing.assert_close(got, wanted.transpose(1, 2), atol=1e-6, rtol=1e-5)
+
+
+def test_bytes_and_room():
+    cache = KVCache.allocate(probe(tiny_decoders.build("llama")), 3, 64)
+    assert (cache.batch, cache.length) == (3, 64)
+    assert cache.bytes == 2 * 2 * 3 * 64 * 2 * 8 * 4  # keys and values, layers, rows, tokens, heads, width, fp32
+    cache.check_room(60, 4)
+    with pytest.raises(OptionError, match="holds 64 tokens, 60 are used and 5 more"):
+        cache.check_room(60, 5)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (lambda: tf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4), "ALiBi"),
+        (lambda: tf.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1), "recurrent state"),
+        (
+            lambda: tf.FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, alibi=True),
+            "ALiBi",
+        ),
+    ],
+)
+def test_models_that_cannot_are_refused_with_the_reason(config, reason):
+    model = tf.AutoModelForCausalLM.from_config(config()).eval()
+    with pytest.raises(UnsupportedError, match=reason):
+        probe(model)
+
+
+def test_what_is_no_language_model_is_refused():
+    assert "not a transformers model" in refuse(torch.nn.Linear(2, 2))
+    t5 = tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=97, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8))
+    assert "encoder-decoder" in refuse(t5)
