@@ -10,7 +10,6 @@ candidates (A B A B ...) and gives medians, so that the ratios survive a machine
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from qpass.measure.bandwidth import measure_bandwidth_gbps
 
 SHAPES = ((8960, 1536), (1536, 8960))  # N, K: up and down of a 1.5B model
 TOKENS = (1, 2, 4, 5, 8, 16, 32, 128, 512)
-COPIES_BYTES = int(os.environ.get("QPASS_BENCH_BYTES", 200 << 20))
+COPIES_BYTES = 200 << 20
 
 FORMATS = {
     "w4a16-g128": KernelFormat(4, 128, "a16", 2),

@@ -11,13 +11,16 @@ from qpass.scheme import DEFAULT_SCHEME, HEAD_SCHEME, Scheme
 
 SchemeChoice = str | Scheme | Mapping[str, str | Scheme] | Callable[[str], str | Scheme | None]
 
-HEAD_NAMES = ("lm_head", "embed_out")
-"""What the decoder families call the layer that gives the logits."""
+KEPT_NAMES = (
+    *("lm_head", "embed_out"),  # what the decoder families call the layer that gives the logits
+    *("gate", "router", "shared_expert_gate"),  # and the one that picks experts: tiny, and a flip changes everything
+)
+"""Modules that keep eight bits in a scheme below eight, unless the user names them."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """``base`` for every module, unless a pattern (first match wins), the function or the head's rule says otherwise."""
+    """``base`` for every module, unless a pattern (first match wins), the function or :data:`KEPT_NAMES` says otherwise."""
 
     base: Scheme
     patterns: tuple[tuple[str, Scheme], ...] = ()
@@ -61,8 +64,8 @@ class Assignment:
             chosen = self.function(name)
             if chosen is not None:
                 return _scheme(chosen)
-        is_head = tied or name.rpartition(".")[2] in HEAD_NAMES
-        if is_head and self.base.weight is not None and self.base.weight.bits < 8:
+        keeps = tied or name.rpartition(".")[2] in KEPT_NAMES
+        if keeps and self.base.weight is not None and self.base.weight.bits < 8:
             return Scheme.parse(HEAD_SCHEME)
         return self.base
 

@@ -12,11 +12,13 @@ def test_the_default_is_near_lossless() -> None:
     assert Assignment.make(None)("model.layers.0.mlp.up_proj").name == "w8a16"
 
 
-def test_a_head_keeps_eight_bits() -> None:
+def test_heads_and_routers_keep_eight_bits() -> None:
     chosen = Assignment.make("w4a16-g128")
     assert chosen("model.layers.0.mlp.up_proj").name == "w4a16-g128"
     assert chosen("lm_head").name == "w8a16"
     assert chosen("gpt_neox.embed_out").name == "w8a16"
+    assert chosen("model.layers.3.mlp.gate").name == "w8a16"
+    assert chosen("model.layers.3.mlp.gate_proj").name == "w4a16-g128"
     assert chosen("decoder", tied=True).name == "w8a16"
     assert Assignment.make("w8a8-dynamic")("lm_head").name == "w8a8-dynamic"
     assert Assignment.make("w16a16")("lm_head").name == "w16a16"

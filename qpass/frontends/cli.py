@@ -22,15 +22,23 @@ app = typer.Typer(
 
 _SCHEMES = "w16a16, w8a16, w8a8-dynamic, w4a16-g32, -g64 or -g128, w4a8-g32, -g64 or -g128"
 
-Model = Annotated[str, typer.Argument(help="A folder with a config.json, a .gguf file, or a hub id.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(help="A folder with a config.json, a .gguf file, or a hub id.", show_default=False)
+]
 SchemeOption = Annotated[str, typer.Option(help=f"What the weights are stored as: {_SCHEMES}.")]
 Exclude = Annotated[
     Optional[list[str]],  # noqa: UP045  typer reads the annotation at run time
-    typer.Option(help="A module pattern to leave as it is, such as 'lm_head' or 'model.layers.0.*'; may be repeated.", show_default=False),
+    typer.Option(
+        help="A module pattern to leave as it is, such as 'lm_head' or 'model.layers.0.*'; may be repeated.",
+        show_default=False,
+    ),
 ]
 Lowering = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="The only lowering to use: generated, onednn, aten or reference. By default the first that can.", show_default=False),
+    typer.Option(
+        help="The only lowering to use: generated, onednn, aten or reference. By default the first that can.",
+        show_default=False,
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, warnings and logs.")]
 
@@ -56,7 +64,12 @@ def demo(
 @app.command()
 def run(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue, or the question to answer; - reads stdin.", show_default=False)],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            "--prompt", "-p", help="The text to continue, or the question to answer; - reads stdin.", show_default=False
+        ),
+    ],
     scheme: SchemeOption = "w8a16",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more random.")] = 0.0,
@@ -67,9 +80,15 @@ def run(
     lowering: Lowering = None,
     chat: Annotated[
         Optional[bool],  # noqa: UP045
-        typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template. By default where it has one.", show_default=False),
+        typer.Option(
+            "--chat/--no-chat",
+            help="Use the tokenizer's chat template. By default where it has one.",
+            show_default=False,
+        ),
     ] = None,
-    keep_weights: Annotated[bool, typer.Option("--keep-weights", help="Keep the full-precision weights in memory.")] = False,
+    keep_weights: Annotated[
+        bool, typer.Option("--keep-weights", help="Keep the full-precision weights in memory.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Generate text: it streams to stdout; times and memory follow on stderr."""

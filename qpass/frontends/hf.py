@@ -98,7 +98,9 @@ def _from_hub(name: str) -> dict[str, Any]:
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
     except GatedRepoError as error:
-        raise OptionError(f"{name!r} is gated on the hub: accept its terms there and log in with `hf auth login`") from error
+        raise OptionError(
+            f"{name!r} is gated on the hub: accept its terms there and log in with `hf auth login`"
+        ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise OptionError(f"{name!r} is neither a local path nor a model on the hub; accepted: {ACCEPTED}") from error
     except Exception as error:  # the network's many ways to fail: which one changes nothing for the user
@@ -117,20 +119,27 @@ def _readable(source: str) -> Iterator[None]:
         yield
     except (OptionError, CheckpointError):
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+    except Exception as error:  # a foreign file can make its reader fail in any way
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{source} could not be loaded as a causal language model with a tokenizer: {first}") from error
+        raise CheckpointError(
+            f"{source} could not be loaded as a causal language model with a tokenizer: {first}"
+        ) from error
 
 
 @contextlib.contextmanager
 def _quiet_bars() -> Iterator[None]:
-    """transformers' own bar over weight tensors stays away: one spinner a wait is enough."""
+    """transformers' own bars over weight tensors stay away: one spinner a wait is enough."""
+    from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, bar = logging.is_progress_bar_enabled(), getattr(modeling_gguf_pytorch_utils, "tqdm", None)
     logging.disable_progress_bar()
+    if bar is not None:  # this one asks no switch
+        modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: tensors
     try:
         yield
     finally:
         if shown:
             logging.enable_progress_bar()
+        if bar is not None:
+            modeling_gguf_pytorch_utils.tqdm = bar

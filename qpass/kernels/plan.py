@@ -103,7 +103,7 @@ class Plan:
 def blocking(cpu: Cpu) -> Blocking:
     """A quarter of the L2 cache for the totals, next to a panel, the activations of a segment and the weights to come."""
     rows = cpu.l2_bytes // 4 // (BLOCK * 4)
-    return Blocking(task_rows=max(192, min(2048, rows // 96 * 96)), prefetch_bytes=4096)
+    return Blocking(task_rows=max(192, min(2048, rows // 96 * 96)), prefetch_bytes=8192)
 
 
 def plan(shape: Shape, format: KernelFormat, cpu: Cpu) -> Plan:

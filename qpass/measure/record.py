@@ -57,7 +57,12 @@ class Record:
 
     @classmethod
     def of(
-        cls, what: str, observed: Sequence[float], unit: str, settings: Mapping[str, Any] | None = None, limit: float | None = None
+        cls,
+        what: str,
+        observed: Sequence[float],
+        unit: str,
+        settings: Mapping[str, Any] | None = None,
+        limit: float | None = None,
     ) -> Record:
         """From the observations themselves. Raises ValueError when there is none."""
         if not observed:

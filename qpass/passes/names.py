@@ -6,14 +6,18 @@ import re
 
 from torch import fx
 
-_ROOT = re.compile(r"[LG]\['(\w+)'\](?:\.__self__|\.__func__|\.__wrapped__)*")
+_ROOT = re.compile(
+    r"[LG]\['(?P<variable>\w+)'\]"
+    r"(?:\.__self__|\.__func__|\.__wrapped__|\.__closure__\[(?P<cell>\d+)\]\.cell_contents)*"
+)
 _STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
 
 
 class Names:
     """Names of the Parameters and modules of one Dynamo graph, relative to the module that was compiled.
 
-    A function that closes over several modules gives each name the variable's in front: ``draft.lm_head``.
+    A function over several modules gives each name something in front: the variable's name for arguments and globals
+    (``draft.lm_head``), the cell's number for what it closes over (``cell1.lm_head``).
     """
 
     def __init__(self, graph: fx.Graph, parameters: dict[str, object]) -> None:
@@ -22,7 +26,7 @@ class Names:
             for node in graph.find_nodes(op="placeholder")
             if node.name in parameters and (source := _source(node))
         }
-        roots = {match[1] for source in self._parameters.values() if (match := _ROOT.match(source))}
+        roots = {match[0] for source in self._parameters.values() if (match := _ROOT.match(source))}
         self._several = len(roots) > 1
 
     def parameter(self, placeholder: fx.Node) -> str:
@@ -50,7 +54,9 @@ class Names:
         if match is None:
             return source
         steps = [next(filter(None, groups)) for groups in _STEP.findall(source[match.end() :])]
-        return ".".join([match[1], *steps] if self._several else steps)
+        if self._several:
+            steps.insert(0, match["variable"] if match["cell"] is None else f"cell{match['cell']}")
+        return ".".join(steps)
 
 
 def _source(placeholder: fx.Node) -> str | None:

@@ -91,8 +91,9 @@ def row_mask(
     if not isinstance(q_offset, Tensor) or q_offset.dim() == 0:
         if mask_function is not None:
             kwargs["mask_function"] = mask_function
+        offset: Any = q_offset
         return sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, dtype=dtype, **kwargs
+            batch_size, q_length, kv_length, offset, kv_offset, attention_mask=attention_mask, dtype=dtype, **kwargs
         )
     device = q_offset.device
     row = torch.arange(batch_size, device=device)[:, None, None, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class Decoder:
 
     def __init__(self, model: nn.Module, compile: Compile | None = None) -> None:
         compile = compile or (lambda function: function)
-        self.model = model
+        self.model: Any = model
         self.shapes = probe(model)
         self.prompt_step = compile(make_prompt(model))
         self.token_step = compile(make_step(model, last_only=True))
@@ -187,10 +188,12 @@ class Decoder:
                     row.append(token)
             if on_tokens is not None:
                 on_tokens(step)
-        times = [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
+        times = [1e3 * (b - a) for a, b in itertools.pairwise(marks)]
         fill = self._pad_token() if pad_token_id is None else pad_token_id
         longest = max(map(len, rows))
-        new = torch.tensor([row + [fill] * (longest - len(row)) for row in rows], dtype=torch.int64).reshape(len(rows), longest)
+        new = torch.tensor([row + [fill] * (longest - len(row)) for row in rows], dtype=torch.int64).reshape(
+            len(rows), longest
+        )
         return Generation(
             sequences=torch.cat([input_ids, new], 1),
             new_tokens=rows,
@@ -235,7 +238,9 @@ def left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         raise OptionError(f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}")
     real = attention_mask != 0
     if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
-        raise OptionError("a batch must be padded on the left: each row of attention_mask is zeros, then ones, at least one")
+        raise OptionError(
+            "a batch must be padded on the left: each row of attention_mask is zeros, then ones, at least one"
+        )
     return (~real).sum(1)
 
 

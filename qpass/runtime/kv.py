@@ -86,7 +86,9 @@ class CacheView(Cache):
         self.slots = slots  # [B, Q]: where each token is written
         self.rows = torch.arange(slots.shape[0], device=slots.device)[:, None]  # [B, 1]
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
         """Write ``[B, H_kv, Q, D]`` at the slots and return all of the layer, ``[B, H_kv, L, D]``."""
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys[self.slots, self.rows] = key_states.transpose(1, 2)
@@ -129,7 +131,9 @@ class CacheView(Cache):
 class PromptView(CacheView):
     """The view of a prompt's step: every row starts at slot 0, so its own Q tokens are all there is to look at."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
         self.keys[layer_idx].copy_(key_states.permute(2, 0, 1, 3))
         self.values[layer_idx].copy_(value_states.permute(2, 0, 1, 3))
         return key_states, value_states
@@ -145,7 +149,9 @@ class ProbeView(PromptView):
         super().__init__((), (), position, slots)
         self.shapes: dict[int, LayerShape] = {}
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
         heads, key_dim, value_dim = key_states.shape[1], key_states.shape[3], value_states.shape[3]
         self.shapes[layer_idx] = LayerShape(heads, key_dim, value_dim, key_states.dtype)
         return key_states, value_states

@@ -30,7 +30,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _in_range("temperature", self.temperature, self.temperature >= 0, "a number >= 0 (0 is greedy)")
-        _in_range("top_k", self.top_k, self.top_k >= 0 and int(self.top_k) == self.top_k, "a whole number >= 0 (0 is off)")
+        _in_range(
+            "top_k", self.top_k, self.top_k >= 0 and int(self.top_k) == self.top_k, "a whole number >= 0 (0 is off)"
+        )
         _in_range("top_p", self.top_p, 0 < self.top_p <= 1, "a number in (0, 1] (1 is off)")
         _in_range("min_p", self.min_p, 0 <= self.min_p <= 1, "a number in [0, 1] (0 is off)")
         _in_range("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "a number > 0 (1 is off)")
@@ -99,7 +101,9 @@ def probabilities(logits: Tensor, how: Sampling, tokens: Tensor | None = None) -
     return torch.zeros_like(logits).scatter(-1, index, probs)
 
 
-def choose(logits: Tensor, how: Sampling, tokens: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+def choose(
+    logits: Tensor, how: Sampling, tokens: Tensor | None = None, generator: torch.Generator | None = None
+) -> Tensor:
     """The next token of each row, int64 [B]."""
     logits = processed(logits, how, tokens)
     if how.greedy:

@@ -52,11 +52,11 @@ def _slots(position: Tensor, input_ids: Tensor) -> Tensor:
     return position[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)  # [B, Q]
 
 
-def _forward(model: nn.Module, *, last_only: bool) -> Callable[[Tensor, Tensor, Tensor, CacheView, int], Tensor]:
+def _forward(model: Any, *, last_only: bool) -> Callable[[Tensor, Tensor, Tensor, CacheView, int], Tensor]:
     accepted = inspect.signature(model.forward).parameters
     takes_positions = "position_ids" in accepted
     extra: dict[str, Any] = {"logits_to_keep": 1} if last_only and "logits_to_keep" in accepted else {}
-    swappable = attention.serves(model)
+    swappable, dtype = attention.serves(model), model.dtype
 
     def run(input_ids: Tensor, slots: Tensor, pad: Tensor, cache: CacheView, n: int) -> Tensor:
         slot = torch.arange(n, device=input_ids.device)  # [n]
@@ -66,10 +66,16 @@ def _forward(model: nn.Module, *, last_only: bool) -> Callable[[Tensor, Tensor, 
         else:
             seen = (slot[None, None, :] <= slots[:, :, None]) & real[:, None, :]  # [B, Q, n]
             seen = seen | (slot[None, None, :] == slots[:, :, None])
-            mask = attention.additive(seen[:, None], model.dtype)  # [B, 1, Q, n]
+            mask = attention.additive(seen[:, None], dtype)  # [B, 1, Q, n]
         places = {"position_ids": (slots - pad[:, None]).clamp_min(0)} if takes_positions else {}
         out = model.forward(
-            input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=True, **places, **extra
+            input_ids=input_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            **places,
+            **extra,
         )
         return out.logits[:, -1] if last_only else out.logits
 
@@ -97,7 +103,11 @@ def probe(model: nn.Module) -> list[LayerShape]:
     name = type(model).__name__
     run = _forward(model, last_only=True)
     try:
-        with torch.no_grad(), attention.swapped(attention.configs_of(model)), FakeTensorMode(allow_non_fake_inputs=True):
+        with (
+            torch.no_grad(),
+            attention.swapped(attention.configs_of(model)),
+            FakeTensorMode(allow_non_fake_inputs=True),
+        ):
             ids = torch.zeros(2, 3, dtype=torch.int64)
             position = torch.zeros(2, dtype=torch.int64)
             cache = ProbeView(position, _slots(position, ids))

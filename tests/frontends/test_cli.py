@@ -53,7 +53,19 @@ def test_run_streams_text_and_reports(checkpoint):
 
 
 def test_run_repeats_itself_with_a_seed(checkpoint):
-    arguments = ("run", checkpoint, "-p", "hi", "--max-new-tokens", 16, "--temperature", 1.2, "--top-k", 50, "--no-chat")
+    arguments = (
+        "run",
+        checkpoint,
+        "-p",
+        "hi",
+        "--max-new-tokens",
+        16,
+        "--temperature",
+        1.2,
+        "--top-k",
+        50,
+        "--no-chat",
+    )
     first, again, other = (_qpass(*arguments, "--seed", seed) for seed in (7, 7, 8))
     assert first.exit_code == 0, first.output
     assert first.stdout == again.stdout
@@ -72,7 +84,9 @@ def test_run_falls_back_visibly_where_the_static_cache_does_not_serve(tmp_path):
     from transformers import BloomConfig, BloomForCausalLM
 
     tiny_checkpoint.write(tmp_path)
-    config = BloomConfig(vocab_size=258, hidden_size=32, n_layer=1, n_head=2, eos_token_id=1, bos_token_id=0, pad_token_id=1)
+    config = BloomConfig(
+        vocab_size=258, hidden_size=32, n_layer=1, n_head=2, eos_token_id=1, bos_token_id=0, pad_token_id=1
+    )
     BloomForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     out = _qpass("run", tmp_path, "-p", "hi", "--max-new-tokens", 3)
     assert out.exit_code == 0, out.output
@@ -117,7 +131,9 @@ def test_debug_shows_the_traceback():
     assert isinstance(out.exception, QpassError)
 
 
-@pytest.mark.parametrize("arguments", [("run", "x"), ("run", "-p", "x"), ("run", "m", "-p", "x", "--nonsense"), ("fly",)])
+@pytest.mark.parametrize(
+    "arguments", [("run", "x"), ("run", "-p", "x"), ("run", "m", "-p", "x", "--nonsense"), ("fly",)]
+)
 def test_wrong_usage_is_exit_code_two(arguments):
     assert _qpass(*arguments).exit_code == 2
 

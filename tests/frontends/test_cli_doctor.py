@@ -7,12 +7,13 @@ import pytest
 import qpass.cpu
 from qpass.errors import KernelError
 from qpass.frontends.commands import doctor
+from qpass.measure import bandwidth
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("QPASS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(qpass.cpu, "measure_bandwidth_gbps", lambda: 20.0, raising=False)
+    monkeypatch.setattr(bandwidth, "measure_bandwidth_gbps", lambda: 20.0)
 
 
 def _row(name):
@@ -61,7 +62,7 @@ def test_a_cache_that_others_may_write_fails(tmp_path):
 
 
 def test_little_bandwidth_is_told(monkeypatch):
-    monkeypatch.setattr(qpass.cpu, "measure_bandwidth_gbps", lambda: 2.0, raising=False)
+    monkeypatch.setattr(bandwidth, "measure_bandwidth_gbps", lambda: 2.0)
     assert _row("read bandwidth").level == "warn"
 
 

@@ -36,7 +36,7 @@ def test_prompts(checkpoint):
 
 
 def test_the_demo_table_compares_with_the_first_row():
-    rows = [Outcome("bf16", "stock", "a", 100, 40, 270_000_000, 30), Outcome("int4", "w4a16-g64", "b", 80, 10, 90_000_000, 20)]
+    rows = [Outcome("bf16", 100, 40, 270_000_000, 30), Outcome("int4", 80, 10, 90_000_000, 20)]
     shown = table(rows)
     cells = [list(column.cells) for column in shown.columns]
     assert cells[0] == ["bf16", "int4"]

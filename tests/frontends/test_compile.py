@@ -96,7 +96,7 @@ def test_class_decorator() -> None:
 
 
 def test_function_decorator(net: Net) -> None:
-    @qpass.compile(scheme={"*head": "w4a16-g64"})
+    @qpass.compile(scheme={"head": "w4a16-g64", "blocks.*": "w8a16"})
     def forward(x: torch.Tensor) -> torch.Tensor:
         return net(x).float().softmax(-1)
 

@@ -22,7 +22,9 @@ def test_dtype_is_a_choice(checkpoint):
     assert hf.load(checkpoint, dtype=torch.float32).model.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["/does/not/exist", "./nothing", "~/nothing", "missing.gguf", "two/many/slashes", "a b"])
+@pytest.mark.parametrize(
+    "name", ["/does/not/exist", "./nothing", "~/nothing", "missing.gguf", "two/many/slashes", "a b"]
+)
 def test_a_missing_path_names_what_is_accepted(name):
     with pytest.raises(OptionError, match=r"does not exist; accepted: a folder with a config.json"):
         hf.locate(name)
@@ -75,19 +77,17 @@ def _hub(monkeypatch, error):
 def test_an_unreachable_hub_is_told_within_seconds(monkeypatch):
     _hub(monkeypatch, ConnectionError("no route"))
     started = time.monotonic()
-    with pytest.raises(OptionError, match=r"is not a local path, and the hub does not answer \(ConnectionError\); accepted"):
+    with pytest.raises(
+        OptionError, match=r"is not a local path, and the hub does not answer \(ConnectionError\); accepted"
+    ):
         hf.locate("someone/some-model-that-is-not-cached")
     assert time.monotonic() - started < 5
 
 
 def test_an_unknown_hub_id(monkeypatch):
-    import httpx
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    try:
-        error = RepositoryNotFoundError("404", response=httpx.Response(404, request=httpx.Request("GET", "https://hub")))
-    except TypeError:
-        pytest.skip("this huggingface_hub builds its errors otherwise")
+    error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)  # its constructor wants a real response
     _hub(monkeypatch, error)
     with pytest.raises(OptionError, match="neither a local path nor a model on the hub"):
         hf.locate("someone/some-model-that-is-not-there")

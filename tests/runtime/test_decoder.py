@@ -57,6 +57,19 @@ def test_graphs_stay_two_over_prompt_lengths_and_cache_lengths():
     assert decoder.generate(tiny_decoders.prompt(9, batch=2), max_new_tokens=70).graphs == 4
 
 
+@pytest.mark.parametrize("name", tiny_decoders.CONFIGS)
+def test_every_family_is_two_graphs(name):
+    """Whole, for any length: no graph break, no length that the graph was made for."""
+    torch._dynamo.reset()
+    model = tiny_decoders.build(name)
+    decoder = Decoder(model, lambda f: torch.compile(f, backend="eager", fullgraph=True, dynamic=False))
+    decoder.warm_up()
+    for length in (2, 9, VISIBLE + 1):
+        ids = tiny_decoders.prompt(length, seed=length)
+        assert torch.equal(decoder.generate(ids, max_new_tokens=4).sequences, _reference(model, ids, 4))
+    assert decoder.graphs == 2
+
+
 def test_two_decoders_do_not_share_a_recompile_limit():
     torch._dynamo.reset()
     model = tiny_decoders.build("llama")

@@ -16,7 +16,9 @@ from qpass.runtime.sampling import Sampling, choose, eos_ids, probabilities
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
-@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(0, 1, 0), (7, 1, 0), (0, 0.8, 0), (9, 0.6, 0), (0, 1, 0.1), (12, 0.9, 0.05)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"), [(0, 1, 0), (7, 1, 0), (0, 0.8, 0), (9, 0.6, 0), (0, 1, 0.1), (12, 0.9, 0.05)]
+)
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_the_distribution_is_transformers_own(temperature, top_k, top_p, min_p, penalty):
     generator = torch.Generator().manual_seed(0)
@@ -44,7 +46,9 @@ def test_greedy_is_argmax_and_its_distribution_one_hot():
     assert probabilities(logits, Sampling()).tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
-@pytest.mark.parametrize("how", [Sampling(1.0), Sampling(0.8, top_k=5), Sampling(1.3, top_p=0.7), Sampling(1.0, top_k=6, top_p=0.9)])
+@pytest.mark.parametrize(
+    "how", [Sampling(1.0), Sampling(0.8, top_k=5), Sampling(1.3, top_p=0.7), Sampling(1.0, top_k=6, top_p=0.9)]
+)
 def test_draws_follow_the_distribution(how):
     """200 000 draws over 8 tokens: a total variation of 0.01 is ten times what chance leaves."""
     logits = torch.randn(1, 8, generator=torch.Generator().manual_seed(1))

@@ -25,9 +25,7 @@ def compiled():
 def _generate(model, length, seed=1, **options):
     ids = tiny_decoders.prompt(length, seed=seed)
     with torch.no_grad():
-        return model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, **options
-        )
+        return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, **options)
 
 
 def test_with_a_dynamic_cache_the_graphs_are_a_handful(compiled):

@@ -42,7 +42,9 @@ CONFIGS: dict[str, Any] = {
     "qwen2": lambda: tf.Qwen2Config(**_GATED),
     "qwen2-sliding": lambda: tf.Qwen2Config(**_GATED, use_sliding_window=True, sliding_window=6, layer_types=_MIXED),
     "qwen3": lambda: tf.Qwen3Config(**_GATED, head_dim=8),
-    "gemma2": lambda: tf.Gemma2Config(**_GATED, head_dim=8, sliding_window=6, layer_types=_MIXED, query_pre_attn_scalar=8),
+    "gemma2": lambda: tf.Gemma2Config(
+        **_GATED, head_dim=8, sliding_window=6, layer_types=_MIXED, query_pre_attn_scalar=8
+    ),
     "gemma3": lambda: tf.Gemma3TextConfig(**_GATED, head_dim=8, sliding_window=6, layer_types=_MIXED),
     "phi3": lambda: tf.Phi3Config(**_GATED),
     "starcoder2": lambda: tf.Starcoder2Config(**_GATED),

@@ -36,6 +36,7 @@ CONFIGS: dict[str, Callable[[], tf.PretrainedConfig]] = {
         **_SHAPE, ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=64, **_NO_DROPOUT_IDS
     ),
     "falcon": lambda: tf.FalconConfig(**_SHAPE, multi_query=True, parallel_attn=True, bias=False, alibi=False),
+    "falcon_rw": lambda: tf.FalconConfig(**_SHAPE, multi_query=False, parallel_attn=False, bias=True, alibi=True),
     "bloom": lambda: tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4),
     "gpt_neox": lambda: tf.GPTNeoXConfig(**_SHAPE, intermediate_size=128),
     "gptj": lambda: tf.GPTJConfig(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=64),

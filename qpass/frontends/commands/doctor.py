@@ -76,7 +76,11 @@ def _guarded(name: str, look: Callable[[], Finding]) -> Finding:
 def _system() -> Finding:
     value = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     good = platform.system() == "Linux" and platform.machine() == "x86_64"
-    advice = "" if good else "the generated kernels are made for Linux on x86-64; other systems run on the fallback lowerings"
+    advice = (
+        ""
+        if good
+        else "the generated kernels are made for Linux on x86-64; other systems run on the fallback lowerings"
+    )
     return Finding("system", value, advice, "ok" if good else "warn")
 
 
@@ -118,7 +122,9 @@ def _caches() -> Finding:
     from qpass.cpu import detect
 
     cpu = detect()
-    return Finding("caches", f"L1d {cpu.l1d_bytes >> 10} KiB, L2 {cpu.l2_bytes >> 10} KiB, L3 {cpu.l3_bytes / 2**20:.0f} MiB")
+    return Finding(
+        "caches", f"L1d {cpu.l1d_bytes >> 10} KiB, L2 {cpu.l2_bytes >> 10} KiB, L3 {cpu.l3_bytes / 2**20:.0f} MiB"
+    )
 
 
 def _memory() -> Finding:
@@ -128,11 +134,15 @@ def _memory() -> Finding:
 
 
 def _bandwidth() -> Finding:
-    import qpass.cpu
+    from qpass.measure.bandwidth import measure_bandwidth_gbps
 
-    gbps = qpass.cpu.measure_bandwidth_gbps()
+    gbps = measure_bandwidth_gbps()
     value = f"{gbps:.1f} GB/s: a model of 1 GB of weights can't give more than {gbps:.0f} tokens a second"
-    advice = "that is little: other programs may be using the memory, or this is a small slice of a shared machine" if gbps < 5 else ""
+    advice = (
+        "that is little: other programs may be using the memory, or this is a small slice of a shared machine"
+        if gbps < 5
+        else ""
+    )
     return Finding("read bandwidth", value, advice, "warn" if advice else "ok")
 
 
@@ -159,7 +169,9 @@ def _transformers() -> Finding:
     except importlib.metadata.PackageNotFoundError:
         return Finding("transformers", "not installed", "run and demo need it: pip install transformers", "warn")
     if _release(version) < (5,):
-        return Finding("transformers", version, "the static cache needs transformers 5: pip install -U transformers", "warn")
+        return Finding(
+            "transformers", version, "the static cache needs transformers 5: pip install -U transformers", "warn"
+        )
     return Finding("transformers", version)
 
 

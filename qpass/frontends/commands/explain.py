@@ -22,13 +22,14 @@ def explain(model: str, *, scheme: str, exclude: Sequence[str], lowering: str | 
 
     loaded = load(model)
     compile = session.compiler(scheme, exclude, lowering, release_weights=False)
-    errors = Console(stderr=True, highlight=False)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    whole = compile(loaded.model)  # checks the patterns against the modules
     with progress.waiting(f"compiling the token step, {scheme}"), torch.no_grad():
         try:
             decoder = Decoder(loaded.model, compile)
         except UnsupportedError as error:
             errors.print(f"[yellow]{error}; explaining the plain forward instead[/yellow]")
-            compiled = compile(loaded.model)
+            compiled = whole
             compiled(torch.zeros(1, 4, dtype=torch.int64))
         else:
             compiled = decoder.token_step
@@ -37,6 +38,8 @@ def explain(model: str, *, scheme: str, exclude: Sequence[str], lowering: str | 
             decoder.prefill(one, one[0], cache)
     explanation = qpass.explain(compiled)
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)  # a file or a pipe has no width of its own to fold into
     console.print(explanation.table(full=full))
     for line in explanation.footnotes():
         console.print(line, markup=False, soft_wrap=True)

@@ -37,7 +37,7 @@ def run(
     from qpass.measure import memory
     from qpass.runtime.sampling import Sampling
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
     loaded = load(model)
     input_ids = encode(loaded.tokenizer, prompt, chat)
@@ -51,7 +51,9 @@ def run(
     if ready.decoder.context is not None and input_ids.shape[1] < ready.decoder.context:
         new = min(new, ready.decoder.context - input_ids.shape[1])
     if new < max_new_tokens:
-        console.print(f"[yellow]the model's context of {ready.decoder.context} leaves room for {new} new tokens[/yellow]")
+        console.print(
+            f"[yellow]the model's context of {ready.decoder.context} leaves room for {new} new tokens[/yellow]"
+        )
     text = TextStream(loaded.tokenizer)
 
     def show(tokens: list[int | None]) -> None:
@@ -61,9 +63,7 @@ def run(
 
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     memory_settled = memory.resident_bytes()
-    out = ready.decoder.generate(
-        input_ids, max_new_tokens=new, sampling=sampling, generator=generator, on_tokens=show
-    )
+    out = ready.decoder.generate(input_ids, max_new_tokens=new, sampling=sampling, generator=generator, on_tokens=show)
     sys.stdout.write(text.end() + "\n")
     sys.stdout.flush()
     count = len(out.new_tokens[0])
@@ -89,7 +89,9 @@ def _stats(rows: list[tuple[str, str]]) -> Table:
     return table
 
 
-def _run_fallback(ready: session.Ready, input_ids: Any, new: int, sampling: Any, seed: int | None, console: Console) -> None:
+def _run_fallback(
+    ready: session.Ready, input_ids: Any, new: int, sampling: Any, seed: int | None, console: Console
+) -> None:
     """transformers' own loop on the compiled model, for a model that the static cache does not serve."""
     import torch
     from transformers import TextStreamer
@@ -97,7 +99,11 @@ def _run_fallback(ready: session.Ready, input_ids: Any, new: int, sampling: Any,
     console.print(f"[yellow]{ready.reason}; running transformers' generate() on the compiled model instead[/yellow]")
     if seed is not None:
         torch.manual_seed(seed)
-    chosen = {} if sampling.greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    chosen = (
+        {}
+        if sampling.greedy
+        else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    )
     started = time.perf_counter()
     with torch.no_grad():
         out = ready.fallback.generate(

@@ -78,14 +78,18 @@ def baseline() -> Callable[..., Any]:
 
 
 def ready(loaded: Loaded, compile: Callable[..., Any], what: str) -> Ready:
-    """Compile and warm up. A model that can't run on the static cache gets its own ``generate``, and a reason."""
+    """Compile and warm up. A model that can't run on the static cache gets its own ``generate``, and a reason.
+
+    Raises OptionError for a module pattern that matches nothing.
+    """
     import qpass
     from qpass.runtime.decoder import Decoder
 
+    whole = compile(loaded.model)  # costs nothing before its first call, but checks the patterns against the modules
     try:
         decoder = Decoder(loaded.model, compile)
     except UnsupportedError as error:
-        return Ready(loaded, None, compile(loaded.model), str(error), 0.0, 0, None)
+        return Ready(loaded, None, whole, str(error), 0.0, 0, None)
     with progress.waiting(f"compiling {what}"):
         seconds = decoder.warm_up()
     own = hasattr(decoder.token_step, "_qpass_backend")

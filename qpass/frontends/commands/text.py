@@ -45,5 +45,7 @@ def encode(tokenizer: Any, prompt: str, chat: bool | None) -> Any:
         raise OptionError("this tokenizer has no chat template; use --no-chat")
     if templated and chat is not False:
         messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).input_ids
     return tokenizer(prompt, return_tensors="pt").input_ids

@@ -55,7 +55,7 @@ class Scratch {
   }
 
  private:
-  static constexpr int64_t kKeep = 8 << 20;
+  static constexpr int64_t kKeep = 32 << 20;
   void* data_ = nullptr;
   int64_t size_ = 0;
 };
@@ -112,7 +112,7 @@ void run(QpassCall& call, const QpassKernel& kernel) {
   const int64_t prepared = kernel.prepared_bytes(&call);
   call.prepared = static_cast<uint8_t*>(activations.get(prepared));
   CHECK(call.prepared != nullptr, "out of memory for ", prepared, " bytes of activations");
-  if (call.m * call.k < 65536 || call.m == 1) kernel.prepare(&call, 0, call.m);
+  if (call.m * call.k < 32768 || call.m == 1) kernel.prepare(&call, 0, call.m);
   else
     torch::stable::parallel_for(0, call.m, 1, [&](int64_t begin, int64_t end) { kernel.prepare(&call, begin, end); });
 

@@ -4,11 +4,14 @@
 #include "prologue.h"
 
 #ifndef QPASS_PREFETCH_BYTES
-#define QPASS_PREFETCH_BYTES 4096  // how far ahead of its use a weight is asked for
+#define QPASS_PREFETCH_BYTES 8192  // how far ahead of its use a weight is asked for
 #endif
 
 namespace qpass {
 
+#ifndef LINEAR
+#define LINEAR 0
+#endif
 constexpr int kTileRows = 6;  // 24 accumulators, 4 weights, 1 activation: 29 of the 32 registers
 
 // Where a tile's weights come from: packed codes on their way from memory, packed codes in the cache, or an unpacked panel.
@@ -26,7 +29,8 @@ struct AccumulatorOf<F> {
 template <class F>
 using Accumulator = typename AccumulatorOf<F>::type;
 
-QPASS_INLINE void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p + QPASS_PREFETCH_BYTES, _MM_HINT_T0); }
+// Into the L2 cache: aimed at L1, the few line fill buffers of a core would hold a thread to half of the memory's bandwidth.
+QPASS_INLINE void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p + QPASS_PREFETCH_BYTES, _MM_HINT_T1); }
 
 // One segment of one group as a tile sees it; `total` and `x` belong to row 0 of the task.
 struct Segment {
@@ -56,6 +60,22 @@ QPASS_INLINE void multiply(Accumulator<F> (&acc)[Rows][kVectors], const uint8_t*
         }
       }
       w += F::panel_chunk_bytes;
+    } else if constexpr (From == kStream && Rows <= LINEAR) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; i++) {
+        for (int r = 0; r < F::code_rows; r++) {
+          const uint8_t* row = w + (i * F::code_rows + r) * kRow;
+          prefetch(row);
+#pragma GCC unroll 4
+          for (int p = 0; p < F::planes; p++) {
+            const __m512i v = codes.plane(row, p);
+#pragma GCC unroll 6
+            for (int m = 0; m < Rows; m++)
+              acc[m][i] = dot(acc[m][i], v, broadcast(x + m * stride + Codes<F>::step(r, p) * 4));
+          }
+        }
+      }
+      w += F::chunk_bytes;
     } else {
       for (int r = 0; r < F::code_rows; r++) {
 #pragma GCC unroll 4
@@ -179,6 +199,7 @@ void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64
   const bool unpacks = F::unpacks && rows >= F::panel_rows;
   for (int64_t i = 0; i < p.segments; i++) {
     Segment s = segment_of<F>(block, k, p.segments, i);
+    for (const uint8_t* line = s.scales; line < s.zeros + kBlock; line += kRow) prefetch(line);
     if (unpacks) {
       unpack<F>(s.weights, s.chunks, panel);
       s.weights = panel;

@@ -1,0 +1,40 @@
+"""The README's table is what the Records say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qpass.measure import table
+from qpass.measure.record import Machine, Record
+
+ROOT = Path(__file__).parents[2]
+
+
+def record(what: str, variant: str, value: float, **more: object) -> Record:
+    settings = {"model": "m", "variant": variant, "prompt": 8, "new": 4, "threads": 2, "bandwidth_gbps": 30.0}
+    return Record(what, value, "ms", 3, value, value, Machine("cpu", 2, "amx", "2.13"), "abc", settings, **more)  # type: ignore[arg-type]
+
+
+def test_readme_is_up_to_date() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert table.insert(readme, table.from_folder(ROOT / "benchmarks" / "results")) == readme
+
+
+def test_ratios_shares_and_the_latest() -> None:
+    text = table.markdown(
+        [
+            record("tpot", "inductor", 100.0),
+            record("tpot", "w4a16-g128", 60.0),
+            record("tpot", "w4a16-g128", 25.0, share_of_limit=0.8),
+            record("ttft", "w4a16-g128", 50.0),
+        ]
+    )
+    assert "| bf16, stock Inductor | - | 100 | - | - | - |" in text
+    assert "| `w4a16-g128` | 50 | 25 (4.00x) [80%] | - | - | - |" in text
+
+
+def test_marks_are_needed() -> None:
+    with pytest.raises(ValueError, match="results: begin"):
+        table.insert("no marks", "table")
