@@ -83,7 +83,7 @@ def candidate(name: str, n: int, k: int) -> Candidate:
     zeros = torch.full((n, groups), 1 << (format.bits - 1), dtype=torch.uint8)
     one = pack(codes, scales.half().float(), zeros, format)
     copies = -(-COPIES_BYTES // one.numel())
-    weights = [one.clone() for _ in range(copies)]
+    weights = [one, *(pack(codes, scales.half().float(), zeros, format) for _ in range(copies - 1))]
     kernel, number = torch.ops.qpass.packed_linear.default, format.number
     return Candidate(lambda x, i: kernel(x, weights[i], None, None, None, n, k, number, 0, False), copies, one.numel())
 

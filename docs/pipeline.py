@@ -1,6 +1,6 @@
 """Draws docs/pipeline.svg, the picture in the README.
 
-    python docs/pipeline.py
+python docs/pipeline.py
 """
 
 from __future__ import annotations
@@ -33,9 +33,13 @@ def draw() -> str:
         fill, ink = ("#0b6e6e", "#ffffff") if ours else ("#e4e7eb", "#1f2933")
         parts.append(f'<rect x="{x}" y="20" width="{WIDTH}" height="{HEIGHT}" rx="8" fill="{fill}"/>')
         middle = x + WIDTH / 2
-        parts.append(f'<text x="{middle}" y="44" text-anchor="middle" font-weight="600" font-size="14" fill="{ink}">{name}</text>')
+        parts.append(
+            f'<text x="{middle}" y="44" text-anchor="middle" font-weight="600" font-size="14" fill="{ink}">{name}</text>'
+        )
         for line, y in ((first, 64), (second, 80)):
-            parts.append(f'<text x="{middle}" y="{y}" text-anchor="middle" fill="{ink}">{line.replace(">", "&gt;")}</text>')
+            parts.append(
+                f'<text x="{middle}" y="{y}" text-anchor="middle" fill="{ink}">{line.replace(">", "&gt;")}</text>'
+            )
         if index:
             parts.append(f'<path d="M{x - GAP + 2} 57H{x - 3}" stroke="#888" stroke-width="2" marker-end="url(#a)"/>')
     lower = GAP + 5 * (WIDTH + GAP) + WIDTH / 2

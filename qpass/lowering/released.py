@@ -12,7 +12,46 @@ from torch import Tensor, nn
 from qpass.errors import ReleasedWeightError
 
 _HARMLESS = frozenset(
-    ["shape", "dtype", "device", "layout", "requires_grad", "grad", "grad_fn", "is_leaf", "ndim", "nbytes", "itemsize", "is_sparse", "is_quantized", "is_meta", "is_nested", "is_mkldnn", "is_cpu", "is_cuda", "is_mps", "is_xpu", "is_complex", "size", "dim", "numel", "stride", "element_size", "storage_offset", "is_contiguous", "is_floating_point", "_version", "names", "output_nr", "_backward_hooks", "__hash__", "untyped_storage", "data_ptr", "requires_grad_", "_is_view"]
+    [
+        "shape",
+        "dtype",
+        "device",
+        "layout",
+        "requires_grad",
+        "grad",
+        "grad_fn",
+        "is_leaf",
+        "ndim",
+        "nbytes",
+        "itemsize",
+        "is_sparse",
+        "is_quantized",
+        "is_meta",
+        "is_nested",
+        "is_mkldnn",
+        "is_cpu",
+        "is_cuda",
+        "is_mps",
+        "is_xpu",
+        "is_complex",
+        "size",
+        "dim",
+        "numel",
+        "stride",
+        "element_size",
+        "storage_offset",
+        "is_contiguous",
+        "is_floating_point",
+        "_version",
+        "names",
+        "output_nr",
+        "_backward_hooks",
+        "__hash__",
+        "untyped_storage",
+        "data_ptr",
+        "requires_grad_",
+        "_is_view",
+    ]
 )
 """What may be asked of a released weight: everything that doesn't look at its values."""
 

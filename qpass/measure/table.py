@@ -1,6 +1,6 @@
 """The README's results table, made from Records so that it can't drift from what was measured.
 
-    python -m qpass.measure.table RESULTS README.md     RESULTS: a folder of .jsonl files; rewrites the marked part
+python -m qpass.measure.table RESULTS README.md     RESULTS: a folder of .jsonl files; rewrites the marked part
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ COLUMNS = {
 
 def latest(records: Iterable[Record]) -> dict[tuple[str, str, str], Record]:
     """The last record of each (model, variant, what)."""
-    return {(r.settings.get("model", ""), r.settings.get("variant", ""), r.what): r for r in records if r.what in COLUMNS}
+    return {
+        (r.settings.get("model", ""), r.settings.get("variant", ""), r.what): r for r in records if r.what in COLUMNS
+    }
 
 
 def markdown(records: Iterable[Record], baseline: str = "inductor") -> str:
@@ -38,7 +40,9 @@ def markdown(records: Iterable[Record], baseline: str = "inductor") -> str:
         parts.append("| variant | " + " | ".join(COLUMNS.values()) + " |\n|---|" + "---:|" * len(COLUMNS))
         for variant in dict.fromkeys(key[0] for key in mine):
             cells = [_cell(mine.get((variant, what)), mine.get((baseline, what)), what) for what in COLUMNS]
-            parts.append(f"| {'bf16, stock Inductor' if variant == baseline else f'`{variant}`'} | " + " | ".join(cells) + " |")
+            parts.append(
+                f"| {'bf16, stock Inductor' if variant == baseline else f'`{variant}`'} | " + " | ".join(cells) + " |"
+            )
         parts.append("")
     return "\n".join(parts).rstrip()
 

@@ -37,7 +37,9 @@ class Context:
     scheme_of: Callable[[str, bool], Scheme]  # (module name, weight is tied to an embedding) -> Scheme
     cpu: Cpu
     weights: WeightStore
-    check_names: Callable[[list[str]], None] = lambda names: None  # raises for a module pattern that matches none of them
+    check_names: Callable[[list[str]], None] = lambda names: (
+        None
+    )  # raises for a module pattern that matches none of them
     materialize: bool = False  # real codes in the graph, so that it can be run between passes
     lowering: str | None = None  # the only lowering to use, where the user named one
     records: list[SiteRecord] = field(default_factory=list)

@@ -66,4 +66,6 @@ def _leave(graph: fx.Graph, node: fx.Node, ctx: Context) -> None:
         ref = ctx.weight_ref(weight)
         assert ref is not None
         size = ref.parameter.numel() * ref.parameter.element_size()
-        ctx.records.append(SiteRecord((name,), name, *ref.shape, "w16a16", "inductor", bytes_before=size, bytes_after=size))
+        ctx.records.append(
+            SiteRecord((name,), name, *ref.shape, "w16a16", "inductor", bytes_before=size, bytes_after=size)
+        )

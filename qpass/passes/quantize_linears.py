@@ -29,16 +29,24 @@ def quantize_linears(graph: fx.Graph, ctx: Context) -> int:
         n, k = sum(ref.shape[0] for ref in refs), refs[0].shape[1]
         tensors = _tensors(ctx, refs, scheme.weight, n, k)
         with graph.inserting_before(node):
-            attributes = [attach(graph, f"qpass_{part}", tensor) for part, tensor in zip(("codes", "scales", "zeros"), tensors, strict=True)]
+            attributes = [
+                attach(graph, f"qpass_{part}", tensor)
+                for part, tensor in zip(("codes", "scales", "zeros"), tensors, strict=True)
+            ]
             bias = None
             if any(b is not None for b in biases):
                 parameters = tuple(None if b is None else ctx.parameters[b.name] for b in biases)
                 bias = attach(graph, "qpass_bias", ctx.weights.bias(parameters, tuple(ref.shape[0] for ref in refs)))
             group = scheme.weight.group or 0
             new = graph.call_function(
-                torch.ops.qpass.quantized_linear.default, (x, *attributes, bias, scheme.weight.bits, group, scheme.activation)
+                torch.ops.qpass.quantized_linear.default,
+                (x, *attributes, bias, scheme.weight.bits, group, scheme.activation),
             )
-        new.meta = dict(node.meta) | {"qpass_refs": refs, "qpass_scheme": scheme, "qpass_fused": ("bias",) if bias is not None else ()}
+        new.meta = dict(node.meta) | {
+            "qpass_refs": refs,
+            "qpass_scheme": scheme,
+            "qpass_fused": ("bias",) if bias is not None else (),
+        }
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         count += 1

@@ -9,13 +9,11 @@
 
 namespace qpass {
 
-#ifndef LINEAR
-#define LINEAR 0
-#endif
 constexpr int kTileRows = 6;  // 24 accumulators, 4 weights, 1 activation: 29 of the 32 registers
 
-// Where a tile's weights come from: packed codes on their way from memory, packed codes in the cache, or an unpacked panel.
-enum Source { kStream, kCached, kPanel };
+// Where a tile's weights come from: packed codes on their way from memory, read in the order they lie in or four vectors
+// abreast; packed codes in the cache; an unpacked panel.
+enum Source { kLinear, kStream, kCached, kPanel };
 
 template <class F>
 struct AccumulatorOf {
@@ -60,15 +58,13 @@ QPASS_INLINE void multiply(Accumulator<F> (&acc)[Rows][kVectors], const uint8_t*
         }
       }
       w += F::panel_chunk_bytes;
-    } else if constexpr (From == kStream && Rows <= LINEAR) {
+    } else if constexpr (From == kLinear) {
 #pragma GCC unroll 4
       for (int i = 0; i < kVectors; i++) {
         for (int r = 0; r < F::code_rows; r++) {
-          const uint8_t* row = w + (i * F::code_rows + r) * kRow;
-          prefetch(row);
 #pragma GCC unroll 4
           for (int p = 0; p < F::planes; p++) {
-            const __m512i v = codes.plane(row, p);
+            const __m512i v = codes.plane(w + (i * F::code_rows + r) * kRow, p);
 #pragma GCC unroll 6
             for (int m = 0; m < Rows; m++)
               acc[m][i] = dot(acc[m][i], v, broadcast(x + m * stride + Codes<F>::step(r, p) * 4));
@@ -159,6 +155,10 @@ __attribute__((noinline)) void tile(const Segment& s, const Prepared<F>& p, int6
 
 template <class F, Source From>
 QPASS_INLINE void tile(int rows, const Segment& s, const Prepared<F>& p, int64_t row, float* total) {
+  if constexpr (From == kLinear && F::linear_rows < kTileRows) {
+    if constexpr (F::linear_rows > 0) return rows == 1 ? tile<F, 1, From>(s, p, row, total) : tile<F, 2, From>(s, p, row, total);
+    return;
+  }
   switch (rows) {
     case 1: return tile<F, 1, From>(s, p, row, total);
     case 2: return tile<F, 2, From>(s, p, row, total);
@@ -196,10 +196,14 @@ Segment segment_of(const uint8_t* block, int64_t k, int64_t segments, int64_t i)
 template <class F>
 void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows, float* total, uint8_t* panel) {
   const int64_t tiles = ceil_div(rows, kTileRows);
-  const bool unpacks = F::unpacks && rows >= F::panel_rows;
+  const bool unpacks = F::unpacks && rows >= F::panel_rows, linear = rows <= F::linear_rows;
   for (int64_t i = 0; i < p.segments; i++) {
     Segment s = segment_of<F>(block, k, p.segments, i);
-    for (const uint8_t* line = s.scales; line < s.zeros + kBlock; line += kRow) prefetch(line);
+    if (linear) {
+      tile<F, kLinear>(int(rows), s, p, row, total);
+      continue;
+    }
+    for (const uint8_t* line = s.scales; line < s.zeros + kBlock; line += kRow) prefetch(line);  // one left out costs a stall
     if (unpacks) {
       unpack<F>(s.weights, s.chunks, panel);
       s.weights = panel;
