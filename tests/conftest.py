@@ -1,0 +1,20 @@
+"""What every folder may ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as ``qpass demo`` fetches it, written as a folder that ``from_pretrained`` reads."""
+    from qpass.frontends.demo_model import demo_model_path
+    from qpass.frontends.hf import load
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    loaded = load(demo_model_path())
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
