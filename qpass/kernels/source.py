@@ -52,8 +52,7 @@ def kernel_unit(format: KernelFormat, cpu: Cpu, tier: Tier | None = None, *, emu
     flags = list(_TIER_FLAGS[tier])
     if tier != "amx" and "avx512_bf16" in cpu.isa:
         flags.append("-mavx512bf16")
-    if "avx512vbmi" in cpu.isa:
-        flags.append("-mavx512vbmi")
+    flags += [flag for name, flag in (("avx512vbmi", "-mavx512vbmi"), ("gfni", "-mgfni")) if name in cpu.isa]
     if emulate_amx:
         flags.append("-DQPASS_AMX_EMULATED")
         if "avx512_bf16" not in cpu.isa and "-mavx512bf16" in flags:

@@ -1,5 +1,5 @@
-// The C interface between the torch binding and the kernel units: plain structs and function pointers, no torch, no C++.
-// kernels/plan.py holds the same numbers (formats, dtypes, activations); tests/kernels/test_plan.py compares them.
+// The C interface between the torch binding and the kernel units: plain structs and function pointers, no torch, no
+// C++. kernels/plan.py holds the same numbers (formats, dtypes, activations); tests/kernels/test_plan.py compares them.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -27,8 +27,8 @@ struct QpassCall {
   int64_t residual_stride;
   void* y;
   int64_t y_stride;
-  uint8_t* prepared;       // activations in the kernel's own form, 64-byte aligned, prepared_bytes() long
-  int64_t rows_per_task;   // set by partition()
+  uint8_t* prepared;      // activations in the kernel's own form, 64-byte aligned, prepared_bytes() long
+  int64_t rows_per_task;  // set by partition()
 };
 
 // What a kernel unit offers for one format. All functions are reentrant and throw nothing.
@@ -38,7 +38,7 @@ struct QpassKernel {
   int64_t (*packed_bytes)(int64_t n, int64_t k, int32_t glu);
   int64_t (*prepared_bytes)(const QpassCall* call);
   void (*prepare)(const QpassCall* call, int64_t row_begin, int64_t row_end);
-  int64_t (*partition)(QpassCall* call);  // chooses rows_per_task, returns the number of independent tasks
+  int64_t (*partition)(QpassCall* call);            // chooses rows_per_task, returns the number of independent tasks
   int64_t (*scratch_bytes)(const QpassCall* call);  // for each thread, 64-byte aligned
   void (*run)(const QpassCall* call, void* scratch, int64_t task_begin, int64_t task_end);
 };

@@ -31,7 +31,8 @@ std::string shape_of(const Tensor& t) {
   return s + "]";
 }
 
-// Grows and is kept: a decode step calls 200 times with the same few sizes. Large requests are given back after the call.
+// Grows and is kept: a decode step calls 200 times with the same few sizes. Large requests are given back after the
+// call.
 class Scratch {
  public:
   Scratch() = default;
@@ -81,10 +82,14 @@ std::optional<int64_t> row_stride(const Tensor& t) {
 
 int32_t dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return QPASS_F32;
-    case ScalarType::BFloat16: return QPASS_BF16;
-    case ScalarType::Half: return QPASS_F16;
-    default: return -1;
+    case ScalarType::Float:
+      return QPASS_F32;
+    case ScalarType::BFloat16:
+      return QPASS_BF16;
+    case ScalarType::Half:
+      return QPASS_F16;
+    default:
+      return -1;
   }
 }
 
@@ -130,7 +135,8 @@ void run(QpassCall& call, const QpassKernel& kernel) {
 }
 
 Tensor packed_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::optional<Tensor> mul,
-                     std::optional<Tensor> residual, int64_t n, int64_t k, int64_t format, int64_t activation, bool glu) {
+                     std::optional<Tensor> residual, int64_t n, int64_t k, int64_t format, int64_t activation,
+                     bool glu) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   CHECK(x.is_cpu() && packed.is_cpu(), "x and packed must be on the CPU");
   const int32_t dtype = dtype_of(x);
@@ -139,7 +145,8 @@ Tensor packed_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::o
   CHECK(!glu || n % 2 == 0, "a gated weight stacks two halves, so n = ", n, " must be even");
   CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "x has shape ", shape_of(x), ", the weight ", k, " inputs");
   CHECK(activation >= QPASS_NONE && activation <= QPASS_SILU, "unknown activation ", activation);
-  const QpassKernel* kernel = format >= 0 && format < kFormats ? kernels[format].load(std::memory_order_acquire) : nullptr;
+  const QpassKernel* kernel =
+      format >= 0 && format < kFormats ? kernels[format].load(std::memory_order_acquire) : nullptr;
   CHECK(kernel != nullptr, "no kernel is loaded for format ", format, " (qpass.kernels.load.ensure loads one)");
   CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(),
         "packed must be a contiguous one-dimensional uint8 tensor");

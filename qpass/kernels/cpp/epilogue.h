@@ -1,4 +1,5 @@
-// What happens to the totals before they are rounded: activation scale, bias, activation, gate, multiply, residual; all in fp32.
+// What happens to the totals before they are rounded: activation scale, bias, activation, gate, multiply, residual; all
+// in fp32.
 #pragma once
 #include "prologue.h"
 
@@ -37,25 +38,31 @@ QPASS_INLINE __m512 gelu(__m512 x) {
   p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
   p = _mm512_mul_ps(p, t);
   // tail = erfc(|x| / sqrt 2) / 2, the probability beyond |x|
-  const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(half, p), exp(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(z, z))));
+  const __m512 tail =
+      _mm512_mul_ps(_mm512_mul_ps(half, p), exp(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(z, z))));
   const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
   return _mm512_mul_ps(x, _mm512_mask_mov_ps(_mm512_sub_ps(one, tail), negative, tail));
 }
 
 QPASS_INLINE __m512 activate(__m512 x, int activation) {
   switch (activation) {
-    case QPASS_RELU: return _mm512_max_ps(_mm512_setzero_ps(), x);  // this order keeps NaN
-    case QPASS_GELU: return gelu(x);
+    case QPASS_RELU:
+      return _mm512_max_ps(_mm512_setzero_ps(), x);  // this order keeps NaN
+    case QPASS_GELU:
+      return gelu(x);
     case QPASS_GELU_TANH: {  // (1 + tanh u) / 2 = sigmoid(2u)
       const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_set1_ps(0.044715f), _mm512_mul_ps(x, x)), x, x);
       return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(_mm512_set1_ps(1.5957691216f), cubic)));
     }
-    case QPASS_SILU: return _mm512_mul_ps(x, sigmoid(x));
-    default: return x;
+    case QPASS_SILU:
+      return _mm512_mul_ps(x, sigmoid(x));
+    default:
+      return x;
   }
 }
 
-// The linear's own value: the terms' totals added up, times the token's scale where it is not part of the fold yet, plus bias.
+// The linear's own value: the terms' totals added up, times the token's scale where it is not part of the fold yet,
+// plus bias.
 template <class F>
 QPASS_INLINE __m512 finish(const float* total, int terms, float token_scale, const float* bias, __mmask16 mask) {
   __m512 v = _mm512_loadu_ps(total);
@@ -79,7 +86,8 @@ void store_block(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_
       __m512 v = finish<F>(total + i * kLanes, terms, token_scale, c.bias ? c.bias + n : nullptr, mask);
       v = activate(v, c.activation);
       if (c.glu)
-        v = _mm512_mul_ps(v, finish<F>(total_up + i * kLanes, terms, token_scale, c.bias ? c.bias + outputs + n : nullptr, mask));
+        v = _mm512_mul_ps(
+            v, finish<F>(total_up + i * kLanes, terms, token_scale, c.bias ? c.bias + outputs + n : nullptr, mask));
       if (c.mul) v = _mm512_mul_ps(v, load_float<Dtype>(c.mul, m * c.mul_stride + n, mask));
       if (c.residual) v = _mm512_add_ps(v, load_float<Dtype>(c.residual, m * c.residual_stride + n, mask));
       store_float<Dtype>(c.y, m * c.y_stride + n, v, mask);

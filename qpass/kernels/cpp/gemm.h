@@ -9,10 +9,10 @@
 
 namespace qpass {
 
-constexpr int kTileRows = 6;  // 24 accumulators, 4 weights, 1 activation: 29 of the 32 registers
+constexpr int kTileRows = 6;  // 24 accumulators leave 8 of the 32 registers for operands and lookup tables
 
-// Where a tile's weights come from: packed codes on their way from memory, read in the order they lie in or four vectors
-// abreast; packed codes in the cache; an unpacked panel.
+// Where a tile's weights come from: packed codes on their way from memory, read in the order they lie in or four
+// vectors abreast; packed codes in the cache; an unpacked panel.
 enum Source { kLinear, kStream, kCached, kPanel };
 
 template <class F>
@@ -27,7 +27,8 @@ struct AccumulatorOf<F> {
 template <class F>
 using Accumulator = typename AccumulatorOf<F>::type;
 
-// Into the L2 cache: aimed at L1, the few line fill buffers of a core would hold a thread to half of the memory's bandwidth.
+// Into the L2 cache: aimed at L1, the few line fill buffers of a core would hold a thread to half of the memory's
+// bandwidth.
 QPASS_INLINE void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p + QPASS_PREFETCH_BYTES, _MM_HINT_T1); }
 
 // One segment of one group as a tile sees it; `total` and `x` belong to row 0 of the task.
@@ -66,8 +67,7 @@ QPASS_INLINE void multiply(Accumulator<F> (&acc)[Rows][kVectors], const uint8_t*
           for (int p = 0; p < F::planes; p++) {
             const __m512i v = codes.plane(w + (i * F::code_rows + r) * kRow, p);
 #pragma GCC unroll 6
-            for (int m = 0; m < Rows; m++)
-              acc[m][i] = dot(acc[m][i], v, broadcast(x + m * stride + Codes<F>::step(r, p) * 4));
+            for (int m = 0; m < Rows; m++) acc[m][i] = dot_at(acc[m][i], v, x + m * stride + Codes<F>::step(r, p) * 4);
           }
         }
       }
@@ -75,19 +75,14 @@ QPASS_INLINE void multiply(Accumulator<F> (&acc)[Rows][kVectors], const uint8_t*
     } else {
       for (int r = 0; r < F::code_rows; r++) {
 #pragma GCC unroll 4
-        for (int p = 0; p < F::planes; p++) {
-          __m512i v[kVectors];
+        for (int i = 0; i < kVectors; i++) {
+          const uint8_t* row = w + (i * F::code_rows + r) * kRow;
+          if (From == kStream) prefetch(row);
 #pragma GCC unroll 4
-          for (int i = 0; i < kVectors; i++) {
-            const uint8_t* row = w + (i * F::code_rows + r) * kRow;
-            if (From == kStream && p == 0) prefetch(row);
-            v[i] = codes.plane(row, p);
-          }
+          for (int p = 0; p < F::planes; p++) {
+            const __m512i v = codes.plane(row, p);
 #pragma GCC unroll 6
-          for (int m = 0; m < Rows; m++) {
-            const __m512i b = broadcast(x + m * stride + Codes<F>::step(r, p) * 4);
-#pragma GCC unroll 4
-            for (int i = 0; i < kVectors; i++) acc[m][i] = dot(acc[m][i], v[i], b);
+            for (int m = 0; m < Rows; m++) acc[m][i] = dot_at(acc[m][i], v, x + m * stride + Codes<F>::step(r, p) * 4);
           }
         }
       }
@@ -99,7 +94,8 @@ QPASS_INLINE void multiply(Accumulator<F> (&acc)[Rows][kVectors], const uint8_t*
 
 // A finished group into the fp32 totals: scale x (dot - zero * sum of the activations).
 template <class F>
-QPASS_INLINE __m512 fold(__m512i acc, __m512 total, __m512 scale, __m512i zero, const Prepared<F>& p, int64_t g, int64_t row) {
+QPASS_INLINE __m512 fold(__m512i acc, __m512 total, __m512 scale, __m512i zero, const Prepared<F>& p, int64_t g,
+                         int64_t row) {
   const __m512i minus_sum = _mm512_set1_epi32(p.sum_i32(g)[row]);
   if constexpr (F::grouped) {  // a group's sum fits 16 bits: one instruction, and the zeros' upper words are zero
     const __m512 dots = _mm512_cvtepi32_ps(_mm512_dpwssd_epi32(acc, zero, minus_sum));
@@ -111,7 +107,8 @@ QPASS_INLINE __m512 fold(__m512i acc, __m512 total, __m512 scale, __m512i zero, 
 }
 
 template <class F>
-QPASS_INLINE __m512 fold(__m512 acc, __m512 total, __m512 scale, __m512 zero, const Prepared<F>& p, int64_t g, int64_t row) {
+QPASS_INLINE __m512 fold(__m512 acc, __m512 total, __m512 scale, __m512 zero, const Prepared<F>& p, int64_t g,
+                         int64_t row) {
   const __m512 centered = _mm512_fnmadd_ps(zero, _mm512_set1_ps(p.sum_f32(g)[row]), acc);
   return F::grouped ? _mm512_fmadd_ps(scale, centered, total) : _mm512_mul_ps(scale, centered);
 }
@@ -156,16 +153,23 @@ __attribute__((noinline)) void tile(const Segment& s, const Prepared<F>& p, int6
 template <class F, Source From>
 QPASS_INLINE void tile(int rows, const Segment& s, const Prepared<F>& p, int64_t row, float* total) {
   if constexpr (From == kLinear && F::linear_rows < kTileRows) {
-    if constexpr (F::linear_rows > 0) return rows == 1 ? tile<F, 1, From>(s, p, row, total) : tile<F, 2, From>(s, p, row, total);
+    if constexpr (F::linear_rows > 0)
+      return rows == 1 ? tile<F, 1, From>(s, p, row, total) : tile<F, 2, From>(s, p, row, total);
     return;
   }
   switch (rows) {
-    case 1: return tile<F, 1, From>(s, p, row, total);
-    case 2: return tile<F, 2, From>(s, p, row, total);
-    case 3: return tile<F, 3, From>(s, p, row, total);
-    case 4: return tile<F, 4, From>(s, p, row, total);
-    case 5: return tile<F, 5, From>(s, p, row, total);
-    default: return tile<F, 6, From>(s, p, row, total);
+    case 1:
+      return tile<F, 1, From>(s, p, row, total);
+    case 2:
+      return tile<F, 2, From>(s, p, row, total);
+    case 3:
+      return tile<F, 3, From>(s, p, row, total);
+    case 4:
+      return tile<F, 4, From>(s, p, row, total);
+    case 5:
+      return tile<F, 5, From>(s, p, row, total);
+    default:
+      return tile<F, 6, From>(s, p, row, total);
   }
 }
 
@@ -192,9 +196,17 @@ Segment segment_of(const uint8_t* block, int64_t k, int64_t segments, int64_t i)
   return {codes, scales, scales + kBlock * F::scale_bytes, chunks, i == 0, i == segments - 1, i, group};
 }
 
+// The lines of scales and zeros ask for what lies ahead of them, as those of codes do: one in twenty left out costs a
+// stall each, and half of the speed of a single row.
+template <class F>
+QPASS_INLINE void prefetch_tail(const Segment& s) {
+  for (const uint8_t* line = s.scales; line < s.zeros + kBlock; line += kRow) prefetch(line);
+}
+
 // total[rows][64] = the block's product with rows [row, row + rows) of the prepared activations; total starts at zero.
 template <class F>
-void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows, float* total, uint8_t* panel) {
+void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows, float* total,
+                    uint8_t* panel) {
   const int64_t tiles = ceil_div(rows, kTileRows);
   const bool unpacks = F::unpacks && rows >= F::panel_rows, linear = rows <= F::linear_rows;
   for (int64_t i = 0; i < p.segments; i++) {
@@ -203,7 +215,7 @@ void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64
       tile<F, kLinear>(int(rows), s, p, row, total);
       continue;
     }
-    for (const uint8_t* line = s.scales; line < s.zeros + kBlock; line += kRow) prefetch(line);  // one left out costs a stall
+    prefetch_tail<F>(s);
     if (unpacks) {
       unpack<F>(s.weights, s.chunks, panel);
       s.weights = panel;

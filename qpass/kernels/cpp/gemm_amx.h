@@ -1,6 +1,7 @@
 // One block of 64 outputs times some rows with AMX: 16 rows x 4 vectors a step, the panel's rows being the B tiles.
-// Integer products are exact, so with int8 activations the result is the AVX-512 one to the bit. With bf16 the tile product
-// rounds differently: it serves wide calls only, so that decoding and verification (few rows) share one rounding.
+// Integer products are exact, so with int8 activations the result is the AVX-512 one to the bit. With bf16 the tile
+// product rounds differently: it serves wide calls only, so that decoding and verification (few rows) share one
+// rounding.
 #pragma once
 #include "gemm.h"
 #include "isa_amx.h"
@@ -62,12 +63,15 @@ QPASS_INLINE void multiply(const uint8_t* w, const uint8_t* x, int chunks, bool 
   store<0>(s, row), store<1>(s + 64, row), store<2>(s + 128, row), store<3>(s + 192, row);
 }
 
-// As qpass::multiply_block. Rows behind the last are multiplied too, up to a whole tile: `total` and the activations have them.
+// As qpass::multiply_block. Rows behind the last are multiplied too, up to a whole tile: `total` and the activations
+// have them.
 template <class F>
-void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows, float* total, uint8_t* panel) {
+void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows, float* total,
+                    uint8_t* panel) {
   alignas(64) float group_sums[kTileRows * kBlock];
   for (int64_t i = 0; i < p.segments; i++) {
     Segment s = segment_of<F>(block, k, p.segments, i);
+    prefetch_tail<F>(s);
     if (F::unpacks) {
       unpack<F>(s.weights, s.chunks, panel);
       s.weights = panel;

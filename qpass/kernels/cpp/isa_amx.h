@@ -98,7 +98,8 @@ inline void dot_bf16() {
       for (int n = 0; n < 16; n++) {
         float c;
         memcpy(&c, state.tile[C][m] + 4 * n, 4);
-        for (int i = 0; i < 2; i++) c += bf16_at(state.tile[A][m] + 4 * k + 2 * i) * bf16_at(state.tile[B][k] + 4 * n + 2 * i);
+        for (int i = 0; i < 2; i++)
+          c += bf16_at(state.tile[A][m] + 4 * k + 2 * i) * bf16_at(state.tile[B][k] + 4 * n + 2 * i);
         memcpy(state.tile[C][m] + 4 * n, &c, 4);
       }
 }

@@ -78,6 +78,6 @@ struct Kernel {
 
 }  // namespace qpass
 
-#define QPASS_DEFINE_KERNEL(number, ...)                                                   \
+#define QPASS_DEFINE_KERNEL(number, ...)                                                            \
   static const QpassKernel kernel_table = qpass::Kernel<qpass::Format<__VA_ARGS__>>::table(number); \
   extern "C" __attribute__((visibility("default"))) const QpassKernel* qpass_kernel() { return &kernel_table; }

@@ -1,17 +1,17 @@
 // The packed weight: blocks of 64 outputs; in each, one record a group of inputs: { codes, 64 scales, 64 zeros (u8) }.
-// Codes of a group are chunks of min(group, 64) inputs; a chunk is 4 vectors of 16 outputs; a vector is `code_rows` rows of
-// 64 bytes; a row is 16 outputs x 4 consecutive inputs, byte (n % 16) * 4 + k % 4. With 8 bits, rows are successive k4-steps.
-// With 4 bits, row r holds k4-step r in its low nibbles and k4-step r + code_rows in its high ones.
-// So a vector's rows are, or unpack to, both what vpdpbusd wants and the B tile of an AMX product.
+// Codes of a group are chunks of min(group, 64) inputs; a chunk is 4 vectors of 16 outputs; a vector is `code_rows`
+// rows of 64 bytes; a row is 16 outputs x 4 consecutive inputs, byte (n % 16) * 4 + k % 4. With 8 bits, rows are
+// successive k4-steps. With 4 bits, row r holds k4-step r in its low nibbles and k4-step r + code_rows in its high
+// ones. So a vector's rows are, or unpack to, both what vpdpbusd wants and the B tile of an AMX product.
 #pragma once
 #include "abi.h"
 
 namespace qpass {
 
-constexpr int kBlock = 64;   // outputs of a block
-constexpr int kLanes = 16;   // outputs of a vector
+constexpr int kBlock = 64;  // outputs of a block
+constexpr int kLanes = 16;  // outputs of a vector
 constexpr int kVectors = kBlock / kLanes;
-constexpr int kRow = 64;     // bytes
+constexpr int kRow = 64;  // bytes
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -38,8 +38,9 @@ struct Format {
   static constexpr bool unpacks = a16 || Bits == 4;  // 8-bit codes are what vpdpbusd takes
   // Measured on Zen 4. Nibbles cost so little to unpack in registers that a panel breaks even late.
   static constexpr int panel_rows = Bits == 4 ? 61 : 13;
-  // Up to here the weights are read in the order they lie in, which the hardware prefetches best by itself (31 GB/s a thread
-  // against 22). More rows, and bf16 with its longer latency, need several accumulators in flight: four vectors abreast.
+  // Up to here the weights are read in the order they lie in, which the hardware prefetches best by itself (31 GB/s a
+  // thread against 22). More rows, and bf16 with its longer latency, need several accumulators in flight: four vectors
+  // abreast.
   static constexpr int linear_rows = a16 ? 0 : Bits == 4 ? 2 : 6;
 
   static constexpr int64_t padded_k(int64_t k) { return round_up(k, grouped ? Group : chunk); }

@@ -1,8 +1,10 @@
-// Activations in the kernels' own form, built once a call. Segment after segment (a segment is a group, or a piece of K):
+// Activations in the kernels' own form, built once a call. Segment after segment (a segment is a group, or a piece of
+// K):
 //   elements [segment][row][segment length]   int8, or bf16 in the order in which the codes' operands pair inputs
-//   sums     [group][row]                     a8: minus the sum of the int8 values, int32; a16: the sum of the bf16 values, fp32
-//   scales   [group][row] or [row]            a8 only, fp32
-// a16 splits fp16 into two bf16 terms and fp32 into three, exactly: each term is a row of its own, and the epilogue adds them.
+//   sums     [group][row]                     a8: minus the sum of the int8 values, int32; a16: the sum of the bf16
+//   values, fp32 scales   [group][row] or [row]            a8 only, fp32
+// a16 splits fp16 into two bf16 terms and fp32 into three, exactly: each term is a row of its own, and the epilogue
+// adds them.
 #pragma once
 #include <type_traits>
 #include "isa_avx512.h"
