@@ -148,7 +148,7 @@ def _spoken(debug: bool) -> Iterator[None]:
     except QpassError as error:
         if debug:
             raise
-        _complain(str(error))
+        _complain(str(error).partition("\n\n")[0])  # behind the blank line is what Dynamo adds for its own developers
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -38,6 +38,6 @@ def int8_linear(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).float()
     amax = rows.abs().amax(dim=1, keepdim=True)
     amax = torch.where(amax > 0, amax, 127.0)
-    values = (rows * (127.0 / amax)).round().clamp(-127, 127).to(torch.int8)
+    values = (rows * (torch.full_like(amax, 127.0) / amax)).round().clamp(-127, 127).to(torch.int8)
     y = torch._int_mm(values, weight.t()).float() * (amax / 127.0) * scales
     return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -29,7 +29,8 @@ def quantize_activation(x: Tensor, group: int | None) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(x.float(), (0, -k % length)).view(m, -1, length)
     amax = padded.abs().amax(dim=2)
     amax = torch.where(amax > 0, amax, torch.full_like(amax, 127.0))
-    values = (padded * (127.0 / amax)[..., None]).round().clamp_(-127, 127)
+    inverse = torch.full_like(amax, 127.0) / amax  # `127.0 / amax` would be a rounded reciprocal times 127
+    values = (padded * inverse[..., None]).round().clamp_(-127, 127)
     return values.view(m, -1)[:, :k], amax / 127.0
 
 

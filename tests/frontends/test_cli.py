@@ -110,6 +110,7 @@ def test_explain_prints_the_table(checkpoint):
         (("explain", "{model}", "--scheme", "w5a3"), "unknown scheme 'w5a3'; accepted: w16a16"),
         (("run", "{model}", "-p", "x", "--exclude", "no.such.module"), "no.such.module"),
         (("run", "{model}", "-p", "x", "--lowering", "magic"), "magic"),
+        (("run", "{model}", "-p", "x", "--lowering", "onednn", "--scheme", "w4a16-g32"), "onednn: serves int8 weights"),
         (("run", "{model}", "-p", "x", "--top-p", "3"), "top_p is 3.0"),
         (("run", "{model}", "-p", ""), "the prompt is empty"),
         (("run", "{model}", "-p", "x" * 200, "--no-chat"), "prompt has 200 tokens; the model's context is 128"),
@@ -122,6 +123,21 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_two(checkpoint, arguments, 
     assert out.stderr.startswith("error: ")
     assert len(out.stderr.strip().splitlines()) == 1
     assert "Traceback" not in out.output
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("CXX", "/no/such/compiler", "the C++ compiler CXX='/no/such/compiler' was not found"),
+        ("QPASS_ISA", "mmx", "accepted are"),
+    ],
+)
+def test_a_machine_that_cannot_is_told_before_anything_is_loaded(checkpoint, monkeypatch, variable, value, message):
+    monkeypatch.setenv(variable, value)
+    out = _qpass("run", checkpoint, "-p", "x")
+    assert out.exit_code == 2
+    assert message in out.stderr
+    assert len(out.stderr.strip().splitlines()) == 1
 
 
 def test_debug_shows_the_traceback():

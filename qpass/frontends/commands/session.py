@@ -33,11 +33,15 @@ def prepare(*, debug: bool = False) -> None:
 
 
 def check(model: str, scheme: str) -> None:
-    """A typing error should cost neither the import of torch nor the loading of a model. Raises QpassError."""
+    """What can be known to fail should cost neither the import of torch nor the loading of a model. Raises QpassError."""
+    from qpass.cpu import detect
     from qpass.frontends.hf import locate
+    from qpass.kernels.build import find_compiler
     from qpass.scheme import Scheme
 
     Scheme.parse(scheme)
+    detect()
+    find_compiler()
     locate(model)
 
 
