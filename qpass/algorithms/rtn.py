@@ -8,6 +8,9 @@ from torch import Tensor
 from qpass.qweight import QWeight
 from qpass.scheme import Format
 
+ROWS = 4096
+"""Rows at a time: a head of 150,000 rows would otherwise need several fp32 copies of itself."""
+
 _HALF_TINY = 2.0**-14  # the smallest normal float16
 
 
@@ -22,24 +25,37 @@ def rtn(weight: Tensor, format: Format) -> QWeight:
     n, k = weight.shape
     group = k if format.group is None else format.group
     groups = format.groups_of(k)
-    w = weight.detach().float()
-    if not bool(torch.isfinite(w).all()):
-        raise ValueError("the weight holds NaN or infinity")
-    w = torch.nn.functional.pad(w, (0, groups * group - k)).view(n, groups, group)
-    if format.symmetric:
-        middle = 1 << (format.bits - 1)
-        scales = w.abs().amax(dim=2) / (middle - 1)
-        zeros = torch.full_like(scales, middle)
-        scales = _storable(scales, format)
-        low = 1  # keeps the codes symmetric around the middle
-    else:
-        lowest, highest = w.amin(dim=2).clamp(max=0), w.amax(dim=2).clamp(min=0)
-        scales = _storable((highest - lowest) / format.max_code, format)
-        zeros = (-lowest / scales).round_().clamp_(0, format.max_code)
-        low = 0
-    codes = (w / scales[..., None]).round_().add_(zeros[..., None]).clamp_(low, format.max_code)
-    codes = codes.to(torch.uint8).view(n, groups * group)[:, :k].contiguous()
+    middle = 1 << (format.bits - 1)
+    blocks = [slice(start, start + ROWS) for start in range(0, n, ROWS)]
+
+    scales, lowest = torch.empty(n, groups), torch.empty(n, groups)
+    for rows in blocks:
+        w = _grouped(weight[rows], groups, group)
+        if not bool(torch.isfinite(w).all()):
+            raise ValueError("the weight holds NaN or infinity")
+        if format.symmetric:
+            scales[rows] = w.abs().amax(dim=2) / (middle - 1)
+        else:
+            lowest[rows] = w.amin(dim=2).clamp(max=0)
+            scales[rows] = (w.amax(dim=2).clamp(min=0) - lowest[rows]) / format.max_code
+    scales = _storable(scales, format)
+    zeros = (
+        torch.full_like(scales, middle) if format.symmetric else (-lowest / scales).round_().clamp_(0, format.max_code)
+    )
+
+    codes = torch.empty(n, k, dtype=torch.uint8)
+    smallest = 1 if format.symmetric else 0  # keeps symmetric codes symmetric around the middle
+    for rows in blocks:
+        w = _grouped(weight[rows], groups, group)
+        w = (w / scales[rows, :, None]).round_().add_(zeros[rows, :, None]).clamp_(smallest, format.max_code)
+        codes[rows] = w.view(-1, groups * group)[:, :k].to(torch.uint8)
     return QWeight(codes, scales, zeros.to(torch.uint8), format)
+
+
+def _grouped(weight: Tensor, groups: int, group: int) -> Tensor:
+    """Rows in fp32, zeros behind their end: [rows, K/G, G]."""
+    w = weight.detach().float()
+    return torch.nn.functional.pad(w, (0, groups * group - w.shape[1])).view(-1, groups, group)
 
 
 def _storable(scales: Tensor, format: Format) -> Tensor:

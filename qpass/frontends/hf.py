@@ -57,8 +57,6 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None) -> Loaded:
     with progress.waiting(f"loading {Path(str(source)).name}"), _quiet_bars(), _readable(str(source)):
         tokenizer = AutoTokenizer.from_pretrained(name, **extra)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.bfloat16, **model_extra)
-    if "gguf_file" not in extra:
-        _leave_file(model)
     return Loaded(model.eval().requires_grad_(False), tokenizer, str(source))
 
 
@@ -112,22 +110,6 @@ def _from_hub(name: str) -> dict[str, Any]:
             f"{name!r} is not a local path, and the hub does not answer ({type(error).__name__}); accepted: {ACCEPTED}"
         ) from error
     return {}
-
-
-def _leave_file(model: PreTrainedModel) -> None:
-    """Copy what no linear layer will have packed (embeddings, norms, biases) out of the memory-mapped file.
-
-    A file stays mapped, and all of it that was read stays in memory, as long as one tensor lies in it: an embedding
-    alone would hold on to every weight that was released.
-    """
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    kept = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters(recurse=False)}
-    packed = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D)} - kept
-    for parameter in model.parameters():
-        if id(parameter) not in packed:
-            parameter.data = parameter.data.clone()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,8 +48,6 @@ _HARMLESS = frozenset(
         "output_nr",
         "_backward_hooks",
         "__hash__",
-        "untyped_storage",
-        "data_ptr",
         "requires_grad_",
         "_is_view",
     ]
@@ -97,11 +96,38 @@ def release(parameter: Tensor, name: str) -> int:
     size = parameter.numel() * parameter.element_size()
     if size == 0:
         return 0
+    address = parameter.data_ptr()
     empty = torch.frombuffer(mmap.mmap(-1, size), dtype=parameter.dtype)
     parameter.data = torch.as_strided(empty, parameter.shape, parameter.stride())
     parameter.__class__ = ReleasedParameter
     parameter.qpass_name = name  # type: ignore[attr-defined]
+    _forget_pages(address, size)
     return size
+
+
+def _forget_pages(address: int, size: int) -> None:
+    """Drop the resident pages of a range that lies in a mapped file; do nothing for any other memory.
+
+    Weights are often views of one mapped checkpoint, which stays mapped as long as one of them (an embedding) lives.
+    The pages of the others would stay resident with it. They are not lost: a read brings them back from the file.
+    """
+    begin, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > begin and _in_file(begin, end):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def _in_file(begin: int, end: int) -> bool:
+    """Whether one mapping of a file covers the whole range, as Linux tells; False elsewhere."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        span, _permissions, _offset, _device, inode = line.split(maxsplit=5)[:5]
+        first, last = (int(part, 16) for part in span.split("-"))
+        if first <= begin and end <= last:
+            return inode != "0"
+    return False
 
 
 def released_name(parameter: Tensor) -> str | None:
