@@ -43,7 +43,6 @@ class _Entry:
     alive: tuple[weakref.ref[Tensor], ...]
     versions: tuple[int, ...]
     tensors: tuple[Tensor, ...]
-    bytes: int
 
 
 @dataclass
@@ -84,7 +83,7 @@ class WeightStore:
             tensors = packer.pack(self.qweight(refs, format), glu=glu)
             self.packed_count += 1
             alive = tuple(weakref.ref(r.parameter, lambda _, key=key: self.entries.pop(key, None)) for r in refs)
-            entry = _Entry(alive, versions, tensors, sum(t.numel() * t.element_size() for t in tensors))
+            entry = _Entry(alive, versions, tensors)
             self.entries[key] = entry
         return entry.tensors
 
@@ -92,7 +91,3 @@ class WeightStore:
         """The biases of merged linears one behind the other, fp32 [N]; zeros for a linear without one."""
         parts = [torch.zeros(n) if p is None else p.detach().float() for p, n in zip(parameters, sizes, strict=True)]
         return torch.cat(parts)
-
-    def bytes(self) -> int:
-        """What all packed weights occupy."""
-        return sum(entry.bytes for entry in self.entries.values())
