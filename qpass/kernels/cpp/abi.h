@@ -4,13 +4,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QPASS_ABI 1
+#define QPASS_ABI 2
 
 enum QpassDtype { QPASS_F32 = 0, QPASS_BF16 = 1, QPASS_F16 = 2 };
 enum QpassActivation { QPASS_NONE = 0, QPASS_RELU = 1, QPASS_GELU = 2, QPASS_GELU_TANH = 3, QPASS_SILU = 4 };
-enum QpassRule { QPASS_A16 = 0, QPASS_A8_TOKEN = 1, QPASS_A8_TOKEN_GROUP = 2 };
+enum QpassRule { QPASS_A16 = 0, QPASS_A8_TOKEN = 1, QPASS_A8_TOKEN_GROUP = 2, QPASS_A8_STATIC = 3 };
+enum QpassNorm { QPASS_NO_NORM = 0, QPASS_RMS_NORM = 1, QPASS_LAYER_NORM = 2 };
 
-// One call of packed_linear: y[m][n] = epilogue(x[m][k] * W). Strides are elements between rows; columns are dense.
+// One call of packed_linear: y[m][n] = epilogue(norm(x)[m][k] * W). Strides are elements between rows; columns are dense.
 struct QpassCall {
   const void* x;
   int64_t x_stride;
@@ -19,6 +20,11 @@ struct QpassCall {
   int32_t activation;
   int32_t glu;
   int32_t threads;
+  int32_t norm;              // of each row of x, before it is multiplied
+  const float* norm_weight;  // [k], or null for ones
+  const float* norm_bias;    // [k], or null for zeros
+  float norm_eps;
+  float x_scale;  // of the int8 activations, QPASS_A8_STATIC only
   const uint8_t* packed;
   const float* bias;  // [n] or null
   const void* mul;    // [m][outputs] or null
