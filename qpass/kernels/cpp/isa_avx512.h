@@ -1,14 +1,11 @@
-// AVX-512 as a small vocabulary: the dot products, how codes become operands, and conversions. One vector is 16
-// outputs.
+// AVX-512 as a small vocabulary: the dot products, how codes become operands. One vector is
+// 16 outputs.
 #pragma once
-#include <immintrin.h>
 #include "layout.h"
+#include "simd.h"
 
 namespace qpass {
 
-#define QPASS_INLINE inline __attribute__((always_inline))
-
-QPASS_INLINE __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 QPASS_INLINE __m512i broadcast(const void* p) { return _mm512_set1_epi32(*static_cast<const int32_t*>(p)); }
 
 // The dot products are assembly because GCC 12 copies the accumulator around its own intrinsics and runs out of
@@ -158,38 +155,12 @@ struct Codes<F, true, 8> {
 template <class F>
 QPASS_INLINE __m512 load_scales(const uint8_t* scales, int v) {
   if constexpr (F::scale_bytes == 2)
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(scales + v * kLanes * 2)));
-  else return _mm512_loadu_ps(scales + v * kLanes * 4);
+    return load_f16((const uint16_t*)scales + v * kLanes);
+  else return load_f32((const float*)scales + v * kLanes);
 }
 
 QPASS_INLINE __m512i load_zeros(const uint8_t* zeros, int v) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(zeros + v * kLanes)));
-}
-
-// fp32 <-> the model's dtype, 16 at a time.
-template <int Dtype>
-QPASS_INLINE __m512 load_float(const void* base, int64_t i, __mmask16 mask = 0xffff) {
-  if constexpr (Dtype == QPASS_F32) return _mm512_maskz_loadu_ps(mask, (const float*)base + i);
-  const __m256i w = _mm256_maskz_loadu_epi16(mask, (const uint16_t*)base + i);
-  if constexpr (Dtype == QPASS_F16) return _mm512_cvtph_ps(w);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(w), 16));
-}
-
-// Rounds to nearest even; a NaN stays one.
-QPASS_INLINE __m256i to_bf16(__m512 v) {
-  const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-  r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-  return _mm512_cvtepi32_epi16(r);
-}
-
-template <int Dtype>
-QPASS_INLINE void store_float(void* base, int64_t i, __m512 v, __mmask16 mask) {
-  if constexpr (Dtype == QPASS_F32) _mm512_mask_storeu_ps((float*)base + i, mask, v);
-  else if constexpr (Dtype == QPASS_F16)
-    _mm256_mask_storeu_epi16((uint16_t*)base + i, mask, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-  else _mm256_mask_storeu_epi16((uint16_t*)base + i, mask, to_bf16(v));
+  return load_u8(zeros + v * kLanes);
 }
 
 }  // namespace qpass

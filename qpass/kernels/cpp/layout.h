@@ -4,13 +4,12 @@
 // successive k4-steps. With 4 bits, row r holds k4-step r in its low nibbles and k4-step r + code_rows in its high
 // ones. So a vector's rows are, or unpack to, both what vpdpbusd wants and the B tile of an AMX product.
 #pragma once
-#include "abi.h"
+#include "simd.h"
 
 namespace qpass {
 
 constexpr int kBlock = 64;  // outputs of a block
-constexpr int kLanes = 16;  // outputs of a vector
-constexpr int kVectors = kBlock / kLanes;
+constexpr int kVectors = kBlock / kLanes;  // of 16 outputs
 constexpr int kRow = 64;  // bytes
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

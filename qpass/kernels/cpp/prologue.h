@@ -41,123 +41,185 @@ struct Prepared {
   float* scale(int64_t group) const { return scales + group * stride; }
 };
 
-// 16 inputs from k on, zeros behind the end.
-template <int Dtype>
-QPASS_INLINE __m512 load_inputs(const void* x, int64_t k, int64_t end) {
-  if (k + 16 <= end) return load_float<Dtype>(x, k);
-  return k < end ? load_float<Dtype>(x, k, __mmask16((1u << (end - k)) - 1)) : _mm512_setzero_ps();
-}
+// The inputs of one token, 16 at a time, zeros behind the end; normalized in fp32 where the call says so. `Rounds`:
+// normalized inputs are rounded to the model's dtype, as they are multiplied (a16); int8 ones are rounded once, to int8.
+template <int Dtype, bool Normalizes, bool Rounds>
+struct Inputs {
+  const void* x;
+  int64_t k;
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+  F32 mean = set(0.0f), inverse = set(1.0f);
+
+  explicit Inputs(const QpassCall& c, int64_t row)
+      : x((const char*)c.x + row * c.x_stride * (Dtype == QPASS_F32 ? 4 : 2)), k(c.k) {
+    if constexpr (Normalizes) {
+      weight = c.norm_weight, bias = c.norm_bias;
+      const float count = float(k);
+      F32 total = set(0.0f);
+      if (c.norm == QPASS_LAYER_NORM) {
+        for (int64_t i = 0; i < k; i += kLanes) total = add(total, raw(i));
+        mean = set(sum(total) / count);
+        total = set(0.0f);
+      }
+      for (int64_t i = 0; i < k; i += kLanes) {
+        const F32 v = kept(sub(raw(i), mean), i);
+        total = fma(v, v, total);
+      }
+      inverse = div(set(1.0f), sqrt(set(sum(total) / count + c.norm_eps)));
+    }
+  }
+
+  QPASS_INLINE F32 raw(int64_t i) const {
+    return i + kLanes <= k ? load_float<Dtype>(x, i)
+                           : i < k ? load_float<Dtype>(x, i, int(k - i)) : set(0.0f);
+  }
+  // Zeros in the lanes behind the last input.
+  QPASS_INLINE F32 kept(F32 v, int64_t i) const {
+    if (i + kLanes <= k) return v;
+    static constexpr int32_t lane[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return select(less(load(lane), set(int32_t(k > i ? k - i : 0))), v, set(0.0f));
+  }
+  QPASS_INLINE F32 operator()(int64_t i) const {
+    if constexpr (!Normalizes) return raw(i);
+    if (i >= k) return set(0.0f);
+    const int n = k - i < kLanes ? int(k - i) : kLanes;
+    F32 v = mul(sub(raw(i), mean), inverse);
+    if (weight) v = mul(v, load_float<QPASS_F32>(weight, i, n));
+    if (bias) v = add(v, load_float<QPASS_F32>(bias, i, n));
+    v = kept(v, i);
+    if constexpr (Rounds && Dtype != QPASS_F32) {
+      alignas(64) uint16_t rounded[kLanes];
+      store_float<Dtype>(rounded, 0, v);
+      v = load_float<Dtype>(rounded, 0);
+    }
+    return v;
+  }
+};
 
 // Largest magnitude as the bits of a float: integer order keeps NaN and infinity on top.
-template <int Dtype>
-QPASS_INLINE float largest(const void* x, int64_t begin, int64_t length, int64_t end) {
-  __m512i top = _mm512_setzero_si512();
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  for (int64_t k = begin; k < begin + length; k += 16)
-    top = _mm512_max_epu32(top, _mm512_and_si512(_mm512_castps_si512(load_inputs<Dtype>(x, k, end)), magnitude));
-  const uint32_t bits = _mm512_reduce_max_epu32(top);
+template <class X>
+QPASS_INLINE float largest(const X& x, int64_t begin, int64_t length) {
+  I32 top = set(0);
+  for (int64_t k = begin; k < begin + length; k += kLanes) top = max_magnitude(top, x(k));
+  const uint32_t bits = largest_u(top);
   float value;
-  __builtin_memcpy(&value, &bits, 4);
+  memcpy(&value, &bits, 4);
   return value;
 }
 
 // Quantize inputs [begin, begin + length) to out; returns the sum of the values.
-template <int Dtype>
-QPASS_INLINE int32_t quantize(const void* x, int64_t begin, int64_t length, int64_t end, float inverse, int8_t* out) {
-  __m512i sum = _mm512_setzero_si512();
-  const __m512 inv = _mm512_set1_ps(inverse);
-  for (int64_t i = 0; i < length; i += 16) {
-    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load_inputs<Dtype>(x, begin + i, end), inv));
-    q = _mm512_max_epi32(_mm512_min_epi32(q, _mm512_set1_epi32(127)), _mm512_set1_epi32(-127));
-    sum = _mm512_add_epi32(sum, q);
-    _mm_storeu_si128((__m128i*)(out + i), _mm512_cvtepi32_epi8(q));
+template <class X>
+QPASS_INLINE int32_t quantize(const X& x, int64_t begin, int64_t length, float inverse, int8_t* out) {
+  I32 total = set(0);
+  const F32 inv = set(inverse);
+  for (int64_t i = 0; i < length; i += kLanes) {
+    const I32 q = max(min(to_int(mul(x(begin + i), inv)), set(127)), set(-127));
+    total = add(total, q);
+    store_i8(out + i, q);
   }
-  return _mm512_reduce_add_epi32(sum);
+  return sum(total);
 }
 
-template <class F, int Dtype>
-void prepare_a8(const QpassCall& c, const Prepared<F>& p, int64_t row) {
-  const void* x = (const char*)c.x + row * c.x_stride * (Dtype == QPASS_F32 ? 4 : 2);
+template <class F, class X>
+void prepare_a8(const QpassCall& c, const Prepared<F>& p, int64_t row, const X& x) {
   constexpr bool per_group = F::rule == QPASS_A8_TOKEN_GROUP;
   const int64_t padded = F::padded_k(c.k);
-  float inverse = 0;
+  float inverse = 1.0f / c.x_scale;
   auto choose_scale = [&](float amax, float* scale) {
     const bool zero = amax < 1e-35f;  // below it 127 / amax overflows
     inverse = zero ? 0.0f : 127.0f / amax;
     *scale = zero ? 1.0f : amax / 127.0f;
   };
-  if (!per_group) choose_scale(largest<Dtype>(x, 0, c.k, c.k), p.scale(0) + row);
-  int32_t sum = 0;
+  if (F::rule == QPASS_A8_TOKEN) choose_scale(largest(x, 0, c.k), p.scale(0) + row);
+  int32_t total = 0;
   for (int64_t s = 0; s < p.segments; s++) {
     const int64_t begin = s * F::segment;
     const int64_t length = F::grouped ? F::segment : (padded - begin < F::segment ? padded - begin : F::segment);
-    if (per_group) choose_scale(largest<Dtype>(x, begin, length, c.k), p.scale(s) + row);
-    const int32_t part = quantize<Dtype>(x, begin, length, c.k, inverse, (int8_t*)p.element(s, row));
+    if (per_group) choose_scale(largest(x, begin, length), p.scale(s) + row);
+    const int32_t part = quantize(x, begin, length, inverse, (int8_t*)p.element(s, row));
     if (F::grouped) p.sum_i32(s)[row] = -part;
-    sum += part;
+    total += part;
   }
-  if (!F::grouped) p.sum_i32(0)[row] = -sum;
+  if (!F::grouped) p.sum_i32(0)[row] = -total;
 }
 
-template <class F, int Dtype>
-void prepare_a16(const QpassCall& c, const Prepared<F>& p, int64_t row) {
-  const void* x = (const char*)c.x + row * c.x_stride * (Dtype == QPASS_F32 ? 4 : 2);
+// The bf16 inputs of a chunk in the order in which the codes' operands pair them.
+template <class F>
+struct Order {
+  alignas(64) uint16_t index[F::chunk];
+  constexpr Order() : index() {
+    for (int i = 0; i < F::chunk; i++) index[i] = uint16_t(Codes<F>::input(i / 2, i % 2));
+  }
+};
+
+template <class F>
+QPASS_INLINE void reorder(const uint16_t* natural, uint16_t* out) {
+  static constexpr Order<F> order;
+#ifdef __AVX512BW__
+  if constexpr (F::chunk == 64) {
+    const I32 a = load(natural), b = load(natural + 32);
+    store(out, _mm512_permutex2var_epi16(a, load(order.index), b));
+    store(out + 32, _mm512_permutex2var_epi16(a, load(order.index + 32), b));
+    return;
+  } else if constexpr (F::chunk == 32) {
+    store(out, _mm512_permutexvar_epi16(load(order.index), load(natural)));
+    return;
+  }
+#endif
+  for (int i = 0; i < F::chunk; i++) out[i] = natural[order.index[i]];
+}
+
+template <class F, int Dtype, class X>
+void prepare_a16(const QpassCall& c, const Prepared<F>& p, int64_t row, const X& x) {
   constexpr int terms = terms_of(Dtype);
-  struct Order {
-    alignas(64) uint16_t index[64];
-    constexpr Order() : index() {
-      for (int i = 0; i < F::chunk; i++) index[i] = uint16_t(Codes<F>::input(i / 2, i % 2));
-    }
-  };
-  static constexpr Order order;
-  const __m512i first = load(order.index), second = load(order.index + (F::chunk == 64 ? 32 : 0));
-  const __m512i top_half = _mm512_set1_epi32(int(0xffff0000));
-  __m512 sums[terms];
-  for (auto& s : sums) s = _mm512_setzero_ps();
+  const I32 top_half = set(int(0xffff0000));
+  F32 sums[terms];
+  for (auto& s : sums) s = set(0.0f);
   const int64_t padded = F::padded_k(c.k);
   for (int64_t k = 0; k < padded; k += F::chunk) {
     alignas(64) uint16_t natural[terms][64];
-    for (int i = 0; i < F::chunk; i += 16) {
-      __m512 rest = load_inputs<Dtype>(x, k + i, c.k);
+    for (int i = 0; i < F::chunk; i += kLanes) {
+      F32 rest = x(k + i);
       for (int t = 0; t < terms; t++) {  // cut, don't round: each rest is exact and nothing overflows
-        const __m512i term = _mm512_and_si512(_mm512_castps_si512(rest), top_half);
-        _mm256_store_si256((__m256i*)(natural[t] + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(term, 16)));
-        sums[t] = _mm512_add_ps(sums[t], _mm512_castsi512_ps(term));
-        rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(term));
+        const I32 term = and_(bits(rest), top_half);
+        store_u16(natural[t] + i, shr<16>(term));
+        sums[t] = add(sums[t], from_bits(term));
+        rest = sub(rest, from_bits(term));
       }
     }
     const int64_t segment = k / F::segment;
     const bool ends = F::grouped ? (k + F::chunk) % F::segment == 0 : k + F::chunk == padded;
     for (int t = 0; t < terms; t++) {
-      uint8_t* out = p.element(segment, row * terms + t) + k % F::segment * 2;
-      const __m512i a = load(natural[t]);
-      if constexpr (F::chunk == 64) {
-        const __m512i b = load(natural[t] + 32);
-        _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, first, b));
-        _mm512_storeu_si512(out + 64, _mm512_permutex2var_epi16(a, second, b));
-      } else {
-        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(first, a));
-      }
+      reorder<F>(natural[t], (uint16_t*)p.element(segment, row * terms + t) + k % F::segment);
       if (ends) {
-        p.sum_f32(F::grouped ? segment : 0)[row * terms + t] = _mm512_reduce_add_ps(sums[t]);
-        sums[t] = _mm512_setzero_ps();
+        p.sum_f32(F::grouped ? segment : 0)[row * terms + t] = sum(sums[t]);
+        sums[t] = set(0.0f);
       }
     }
   }
 }
 
+template <class F, int Dtype, bool Normalizes>
+void prepare_rows(const QpassCall& c, int64_t row_begin, int64_t row_end) {
+  const Prepared<F> p(c);
+  for (int64_t row = row_begin; row < row_end; row++) {
+    const Inputs<Dtype, Normalizes, F::a16> x(c, row);
+    if constexpr (F::a16) prepare_a16<F, Dtype>(c, p, row, x);
+    else prepare_a8<F>(c, p, row, x);
+  }
+}
+
 template <class F>
 void prepare(const QpassCall* call, int64_t row_begin, int64_t row_end) {
-  const Prepared<F> p(*call);
-  for (int64_t row = row_begin; row < row_end; row++) {
-    auto one = [&](auto dtype) {
-      if constexpr (F::a16) prepare_a16<F, decltype(dtype)::value>(*call, p, row);
-      else prepare_a8<F, decltype(dtype)::value>(*call, p, row);
-    };
-    if (call->dtype == QPASS_F32) one(std::integral_constant<int, QPASS_F32>{});
-    else if (call->dtype == QPASS_BF16) one(std::integral_constant<int, QPASS_BF16>{});
-    else one(std::integral_constant<int, QPASS_F16>{});
-  }
+  auto as = [&](auto dtype) {
+    constexpr int Dtype = decltype(dtype)::value;
+    if (call->norm == QPASS_NO_NORM) prepare_rows<F, Dtype, false>(*call, row_begin, row_end);
+    else prepare_rows<F, Dtype, true>(*call, row_begin, row_end);
+  };
+  if (call->dtype == QPASS_F32) as(std::integral_constant<int, QPASS_F32>{});
+  else if (call->dtype == QPASS_BF16) as(std::integral_constant<int, QPASS_BF16>{});
+  else as(std::integral_constant<int, QPASS_F16>{});
 }
 
 }  // namespace qpass
