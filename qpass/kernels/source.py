@@ -47,12 +47,7 @@ def kernel_unit(format: KernelFormat, cpu: Cpu, tier: Tier | None = None, *, emu
     ``emulate_amx`` replaces the tile instructions by plain C++: for tests on a machine without them.
     """
     tier = tier or cpu.tier
-    if tier not in _TIER_FLAGS:
-        raise ValueError(f"there are no kernels for tier {tier}")
-    flags = list(_TIER_FLAGS[tier])
-    if tier != "amx" and "avx512_bf16" in cpu.isa:
-        flags.append("-mavx512bf16")
-    flags += [flag for name, flag in (("avx512vbmi", "-mavx512vbmi"), ("gfni", "-mgfni")) if name in cpu.isa]
+    flags = _tier_flags(cpu, tier)
     if emulate_amx:
         flags.append("-DQPASS_AMX_EMULATED")
         if "avx512_bf16" not in cpu.isa and "-mavx512bf16" in flags:
@@ -60,6 +55,21 @@ def kernel_unit(format: KernelFormat, cpu: Cpu, tier: Tier | None = None, *, emu
     group = f"g{format.group}" if format.group else "channel"
     name = f"w{format.bits}-{group}-{format.rule}-f{8 * format.scale_bytes}-{tier}"
     return Unit(name, _text(format, blocking(cpu)), (*COMMON_FLAGS, *flags), tuple(sorted(HEADERS.glob("*.h"))))
+
+
+def _tier_flags(cpu: Cpu, tier: Tier) -> list[str]:
+    if tier not in _TIER_FLAGS:
+        raise ValueError(f"there are no kernels for tier {tier}")
+    flags = list(_TIER_FLAGS[tier])
+    if tier != "amx" and "avx512_bf16" in cpu.isa:
+        flags.append("-mavx512bf16")
+    return flags + [flag for name, flag in (("avx512vbmi", "-mavx512vbmi"), ("gfni", "-mgfni")) if name in cpu.isa]
+
+
+def rates_unit(cpu: Cpu) -> Unit:
+    """The unit that measures what this machine reaches at most."""
+    text, headers = (HEADERS / "rates.cpp").read_text(), tuple(sorted(HEADERS.glob("*.h")))
+    return Unit(f"rates-{cpu.tier}", text, (*COMMON_FLAGS, *_tier_flags(cpu, cpu.tier)), headers)
 
 
 def _text(format: KernelFormat, blocking: Blocking) -> str:
