@@ -30,21 +30,24 @@ def emitted(lowering: str, scheme: Scheme, inputs: dict[str, Tensor], **keywords
     weight = rtn(torch.randn(128, 256), scheme.weight)
     packed = chosen.pack(weight, glu=bool(keywords.get("glu")))
     tensors = {"codes": weight.codes, "scales": weight.scales, "zeros": weight.zeros, "bias": torch.randn(128)}
-    for name, tensor in {**tensors, **{f"packed_{i}": t for i, t in enumerate(packed)}}.items():
+    for name, tensor in tensors.items():
         module.register_buffer(name, tensor)
     graph = fx.Graph(module)
     nodes = {name: graph.placeholder(name) for name in inputs}
     attributes = [graph.get_attr(name) for name in tensors]
     x, others = nodes.pop("x"), nodes
     format = (scheme.weight.bits, scheme.weight.group or 0, scheme.activation)
-    node = graph.call_function(QUANTIZED, (x, *attributes, *format), keywords | others)
-    graph.output(node)
+    graph.output(graph.call_function(QUANTIZED, (x, *attributes, *format), keywords | others))
     gm = fx.GraphModule(module, graph)
     expected = gm(*inputs.values())
-    with graph.inserting_before(node):
-        new = chosen.emit(graph, node, tuple(graph.get_attr(f"packed_{i}") for i in range(len(packed))))
+    for i, tensor in enumerate(packed):
+        gm.register_buffer(f"packed_{i}", tensor)
+    (node,) = gm.graph.find_nodes(op="call_function", target=QUANTIZED)
+    with gm.graph.inserting_before(node):
+        operands = tuple(gm.graph.get_attr(f"packed_{i}") for i in range(len(packed)))
+    new = chosen.emit(gm.graph, node, operands)
     node.replace_all_uses_with(new)
-    graph.erase_node(node)
+    gm.graph.erase_node(node)
     gm.recompile()
     return expected, gm(*inputs.values())
 
