@@ -103,4 +103,5 @@ def binding_unit(include: tuple[str, ...], library: tuple[str, ...]) -> Unit:
     )
     includes = tuple(f"-isystem{folder}" for folder in include)
     libraries = (*(f"-L{folder}" for folder in library), "-ltorch_cpu", "-lc10")
-    return Unit("binding", (HEADERS / "binding.cpp").read_text(), (*flags, *includes), (HEADERS / "abi.h",), libraries)
+    headers = (HEADERS / "abi.h", HEADERS / "binding.h")
+    return Unit("binding", (HEADERS / "binding.cpp").read_text(), (*flags, *includes), headers, libraries)

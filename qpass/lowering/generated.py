@@ -1,4 +1,4 @@
-"""The kernels that qpass makes for this CPU: int4 and int8, any M, the epilogue inside."""
+"""The kernels that qpass makes for this CPU: int4 and int8, any M, prologue and epilogue inside."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from qpass.kernels.pack import pack, scale_bytes
 from qpass.kernels.plan import KernelFormat
 from qpass.lowering.site import Site
 from qpass.ops.epilogue import activation_number
+from qpass.ops.norm import NORMS
 from qpass.ops.quantized_linear import bound_arguments
 from qpass.qweight import QWeight
 
@@ -53,8 +54,11 @@ class Generated:
         load.ensure(format)
         operands = (args["x"], packed[0], args["bias"], args["mul"], args["residual"])
         numbers = (n, k, format.number, activation_number(args["activation"]), args["glu"])
+        prologue = {name: args[name] for name in ("norm_weight", "norm_bias", "norm_eps", "x_scale") if args[name]}
+        if args["norm"] != "none":
+            prologue["norm"] = NORMS.index(args["norm"])
         with graph.inserting_before(node):
-            return graph.call_function(torch.ops.qpass.packed_linear.default, (*operands, *numbers))
+            return graph.call_function(torch.ops.qpass.packed_linear.default, (*operands, *numbers), prologue)
 
 
 def kernel_format(bits: int, group: int | None, rule: str, scale_width: int) -> KernelFormat:

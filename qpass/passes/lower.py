@@ -7,8 +7,10 @@ from torch import fx
 
 from qpass.lowering import choose
 from qpass.lowering.site import Site
+from qpass.ops.norm import apply_norm
 from qpass.passes.attributes import attach, detach_unused
 from qpass.passes.context import Context, SiteRecord
+from qpass.passes.norms import NORM
 
 
 def lower(graph: fx.Graph, ctx: Context) -> int:
@@ -19,6 +21,8 @@ def lower(graph: fx.Graph, ctx: Context) -> int:
         _lower_site(graph, node, ctx)
     for node in list(graph.find_nodes(op="call_function", target=torch.ops.qpass.linear.default)):
         _leave(graph, node, ctx)
+    for node in graph.find_nodes(op="call_function", target=NORM):
+        node.target = apply_norm  # plain torch, for Inductor
     detach_unused(graph)
     return len(sites)
 

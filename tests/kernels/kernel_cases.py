@@ -113,11 +113,12 @@ def run(
     residual: Tensor | None = None,
     activation: int = 0,
     packed: Tensor | None = None,
+    **prologue: object,
 ) -> Tensor:
     n, k = weight.shape
     packed = weight.packed() if packed is None else packed
     return torch.ops.qpass.packed_linear(
-        x, packed, bias, mul, residual, n, k, weight.format.number, activation, weight.glu
+        x, packed, bias, mul, residual, n, k, weight.format.number, activation, weight.glu, **prologue
     )
 
 

@@ -41,10 +41,12 @@ struct QpassCall {
 struct QpassKernel {
   int32_t abi;
   int32_t format;
+  int32_t rule;
   int64_t (*packed_bytes)(int64_t n, int64_t k, int32_t glu);
   int64_t (*prepared_bytes)(const QpassCall* call);
   void (*prepare)(const QpassCall* call, int64_t row_begin, int64_t row_end);
   int64_t (*partition)(QpassCall* call);            // chooses rows_per_task, returns the number of independent tasks
   int64_t (*scratch_bytes)(const QpassCall* call);  // for each thread, 64-byte aligned
   void (*run)(const QpassCall* call, void* scratch, int64_t task_begin, int64_t task_end);
+  void (*gather)(const uint8_t* packed, int64_t n, int64_t k, int32_t glu, int64_t row, float* out);  // k floats
 };

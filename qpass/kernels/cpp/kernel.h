@@ -2,6 +2,7 @@
 #pragma once
 #include <string.h>
 #include "epilogue.h"
+#include "gather.h"
 #include "gemm.h"
 #ifdef QPASS_AMX
 #include "gemm_amx.h"
@@ -72,7 +73,8 @@ struct Kernel {
   }
 
   static constexpr QpassKernel table(int32_t format) {
-    return {QPASS_ABI, format, packed_bytes, prepared_bytes, prepare<F>, partition, scratch_bytes, run};
+    return {QPASS_ABI, format,    F::rule,       packed_bytes, prepared_bytes,
+            prepare<F>, partition, scratch_bytes, run,         gather_row<F>};
   }
 };
 
