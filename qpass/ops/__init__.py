@@ -3,12 +3,14 @@
     linear              canonical spelling of every linear layer, before quantization
     quantized_linear    the same with codes in place of the weight: what every lowering must compute
     packed_linear       the generated kernels' entry, its weight in their layout
+    attention           softmax attention over spans of a static cache
 
 Importing this package registers all of them.
 """
 
+from qpass.ops import attention as _attention
 from qpass.ops import linear as _linear
 from qpass.ops import packed_linear as _packed_linear
 from qpass.ops import quantized_linear as _quantized_linear
 
-__all__ = ["_linear", "_packed_linear", "_quantized_linear"]
+__all__ = ["_attention", "_linear", "_packed_linear", "_quantized_linear"]
