@@ -18,7 +18,7 @@ double now() {
   return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
 }
 
-alignas(64) uint8_t operands[2][64];  
+alignas(64) uint8_t operands[2][256];  
 volatile int32_t sink;
 
 // The value changes here, as far as the compiler knows: equal chains are not computed once.
@@ -56,17 +56,20 @@ QPASS_INLINE double chains(V zero, int64_t repeats, Step step) {
   return seconds;
 }
 
-// Twelve int8 dot products of 64 bytes a repeat: 64 multiply-accumulates each.
-EXPORT double qpass_rate_int8(int64_t repeats) {
-  const I32 x = load(operands[0]), y = load(operands[1]);
-  return chains(set(0), repeats, [=](I32 acc) { return dot(acc, x, y); });
+template <int Rule>
+QPASS_INLINE double dots(int64_t repeats) {
+  using F = Format<4, 128, Rule, 2>;
+  const Codes<F> codes;
+  const auto operand = codes.plane(operands[0], 0, 0);
+  const auto x = broadcast<F>(operands[1]);
+  return chains(Sum<F>{}, repeats, [=](Sum<F> acc) { return dot<F>(acc, operand, x); });
 }
 
+// Twelve int8 dot products of 64 bytes a repeat: 64 multiply-accumulates each.
+EXPORT double qpass_rate_int8(int64_t repeats) { return dots<QPASS_A8_TOKEN>(repeats); }
+
 // The same of bf16 pairs: 32 multiply-accumulates each.
-EXPORT double qpass_rate_bf16(int64_t repeats) {
-  const I32 x = load(operands[0]), y = load(operands[1]);
-  return chains(set(0.0f), repeats, [=](F32 acc) { return dot(acc, x, y); });
-}
+EXPORT double qpass_rate_bf16(int64_t repeats) { return dots<QPASS_A16>(repeats); }
 
 // Twelve integer additions on 64 bytes a repeat: what unpacking and folding are made of.
 EXPORT double qpass_rate_vector(int64_t repeats) {
