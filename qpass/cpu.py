@@ -37,6 +37,18 @@ _SYS_ARCH_PRCTL = 158
 
 
 @dataclass(frozen=True)
+class Rates:
+    """What all cores together reach at most, a second: bytes from memory, multiply-accumulates, 64-byte vector instructions."""
+
+    read_bytes: float
+    int8_macs: float
+    bf16_macs: float
+    vector_ops: float
+    int8_tile_macs: float = 0.0  # AMX; 0 without it
+    bf16_tile_macs: float = 0.0
+
+
+@dataclass(frozen=True)
 class Cpu:
     """One machine. ``isa`` holds the flags as Linux spells them; cache sizes are bytes of one instance."""
 
@@ -49,6 +61,7 @@ class Cpu:
     l3_bytes: int = 16 << 20
     amx_permitted: bool = False
     cap: Tier | None = None  # QPASS_ISA
+    rates: Rates | None = None  # where somebody measured them (kernels/rates.py)
 
     @property
     def tier(self) -> Tier:

@@ -52,7 +52,7 @@ def _load_binding() -> ctypes.CDLL:
 
         root = Path(torch.__file__).parent
         path = obtain(binding_unit((str(root / "include"),), (str(root / "lib"),)))
-        binding = _open(path)
+        binding = open_library(path)
         binding.qpass_register.argtypes = (ctypes.c_void_p,)
         binding.qpass_register.restype = ctypes.c_int
         _binding = binding
@@ -60,14 +60,15 @@ def _load_binding() -> ctypes.CDLL:
 
 
 def _register(binding: ctypes.CDLL, format: KernelFormat, path: Path) -> None:
-    library = _open(path)
+    library = open_library(path)
     library.qpass_kernel.restype = ctypes.c_void_p
     problem = binding.qpass_register(library.qpass_kernel())
     if problem:
         raise KernelError(f"{path}: its table has a wrong {'version' if problem == 2 else 'format'} for {format}")
 
 
-def _open(path: Path) -> ctypes.CDLL:
+def open_library(path: Path) -> ctypes.CDLL:
+    """A checked unit, opened once a process."""
     library = _libraries.get(path)
     if library is None:
         try:

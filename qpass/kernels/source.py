@@ -57,17 +57,28 @@ def kernel_unit(format: KernelFormat, cpu: Cpu, tier: Tier | None = None, *, emu
     encoding of the same dot product (avx_vnni).
     """
     tier = tier or cpu.tier
-    if tier not in _TIER_FLAGS:
-        raise ValueError(f"there are no kernels for tier {tier}")
-    flags = list(_TIER_FLAGS[tier])
-    if tier in ("avx512_vnni", "amx"):
-        flags += [flag for name, flag in _EXTRAS.items() if name in cpu.isa and flag not in flags]
+    flags = _tier_flags(cpu, tier)
     if emulate:
         flags.append(f"-DQPASS_{tier.upper()}_EMULATED")
         if "avx512_bf16" not in cpu.isa and "-mavx512bf16" in flags:
             flags.remove("-mavx512bf16")
     text = _text(format, blocking(cpu))
     return Unit(f"{format.name}-{tier}", text, (*COMMON_FLAGS, *flags), tuple(sorted(HEADERS.glob("*.h"))))
+
+
+def _tier_flags(cpu: Cpu, tier: Tier) -> list[str]:
+    if tier not in _TIER_FLAGS:
+        raise ValueError(f"there are no kernels for tier {tier}")
+    flags = list(_TIER_FLAGS[tier])
+    if tier in ("avx512_vnni", "amx"):
+        flags += [flag for name, flag in _EXTRAS.items() if name in cpu.isa and flag not in flags]
+    return flags
+
+
+def rates_unit(cpu: Cpu) -> Unit:
+    """The unit that measures what this machine reaches at most."""
+    text, headers = (HEADERS / "rates.cpp").read_text(), tuple(sorted(HEADERS.glob("*.h")))
+    return Unit(f"rates-{cpu.tier}", text, (*COMMON_FLAGS, *_tier_flags(cpu, cpu.tier)), headers)
 
 
 def _text(format: KernelFormat, blocking: Blocking) -> str:
