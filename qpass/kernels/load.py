@@ -19,6 +19,7 @@ from qpass.kernels.tuning import tuned
 _lock = threading.RLock()
 _binding: ctypes.CDLL | None = None
 _libraries: dict[Path, ctypes.CDLL] = {}  # opened once, never closed: their code may be running
+_tunings: dict[int, Tuning] = {}
 _registered: dict[int, tuple[Tier, bool]] = {}  # format number -> (tier, emulated)
 
 
@@ -37,6 +38,11 @@ def ensure(*formats: KernelFormat, cpu: Cpu | None = None, tier: Tier | None = N
         for format, path in zip(missing, _obtain(missing, cpu, *wanted), strict=True):
             _register(binding, format, path, tuned(format, cpu, wanted[0]))
             _registered[format.number] = wanted
+
+
+def tuning_of(format: KernelFormat) -> Tuning:
+    """How calls of a format that :func:`ensure` loaded are walked now."""
+    return _tunings[format.number]
 
 
 def retune(format: KernelFormat, tuning: Tuning, cpu: Cpu | None = None) -> None:
@@ -73,6 +79,7 @@ def _load_binding() -> ctypes.CDLL:
 def _register(binding: ctypes.CDLL, format: KernelFormat, path: Path, tuning: Tuning) -> None:
     library = open_library(path)
     library.qpass_kernel.restype = ctypes.c_void_p
+    _tunings[format.number] = tuning
     problem = binding.qpass_register(library.qpass_kernel(), *tuning)
     if problem:
         raise KernelError(f"{path}: its table has a wrong {'version' if problem == 2 else 'format'} for {format}")
