@@ -172,7 +172,9 @@ def _run(node: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor:
     """The node on sample values; casts change nothing."""
     if node.target in _CASTS:
         return values[node.args[0]]  # type: ignore[index]
-    args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda a: values.get(a, a) if isinstance(a, fx.Node) else a)  # type: ignore[misc]
+    args, kwargs = fx.node.map_aggregate(
+        (node.args, dict(node.kwargs)), lambda a: values.get(a, a) if isinstance(a, fx.Node) else a
+    )  # type: ignore[misc]
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]
