@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qpass.cpu import Cpu, Tier, detect
 from qpass.errors import KernelError
-from qpass.kernels.plan import KernelFormat
+from qpass.kernels.format import KernelFormat
 from qpass.kernels.source import binding_unit, kernel_unit
 from qpass.kernels.store import obtain
 
@@ -20,13 +20,13 @@ _libraries: dict[Path, ctypes.CDLL] = {}  # opened once, never closed: their cod
 _registered: dict[int, tuple[Tier, bool]] = {}  # format number -> (tier, emulated)
 
 
-def ensure(*formats: KernelFormat, cpu: Cpu | None = None, tier: Tier | None = None, emulate_amx: bool = False) -> None:
+def ensure(*formats: KernelFormat, cpu: Cpu | None = None, tier: Tier | None = None, emulate: bool = False) -> None:
     """Make ``torch.ops.qpass.packed_linear`` serve these formats on this machine. Raises KernelError.
 
-    ``tier`` and ``emulate_amx`` are for tests: without them each format gets the machine's best kernel, once.
+    ``tier`` and ``emulate`` are for tests: without them each format gets the machine's best kernel, once.
     """
     cpu = cpu or detect()
-    wanted = (tier or cpu.tier, emulate_amx)
+    wanted = (tier or cpu.tier, emulate)
     with _lock:
         missing = [f for f in dict.fromkeys(formats) if _registered.get(f.number) != wanted]
         if not missing and _binding is not None:
@@ -37,8 +37,8 @@ def ensure(*formats: KernelFormat, cpu: Cpu | None = None, tier: Tier | None = N
             _registered[format.number] = wanted
 
 
-def _obtain(formats: Iterable[KernelFormat], cpu: Cpu, tier: Tier, emulate_amx: bool) -> list[Path]:
-    units = [kernel_unit(format, cpu, tier, emulate_amx=emulate_amx) for format in formats]
+def _obtain(formats: Iterable[KernelFormat], cpu: Cpu, tier: Tier, emulate: bool) -> list[Path]:
+    units = [kernel_unit(format, cpu, tier, emulate=emulate) for format in formats]
     if len(units) < 2:
         return [obtain(unit) for unit in units]
     with ThreadPoolExecutor(max_workers=max(1, cpu.cores)) as pool:
@@ -52,7 +52,7 @@ def _load_binding() -> ctypes.CDLL:
 
         root = Path(torch.__file__).parent
         path = obtain(binding_unit((str(root / "include"),), (str(root / "lib"),)))
-        binding = _open(path)
+        binding = open_library(path)
         binding.qpass_register.argtypes = (ctypes.c_void_p,)
         binding.qpass_register.restype = ctypes.c_int
         _binding = binding
@@ -60,14 +60,15 @@ def _load_binding() -> ctypes.CDLL:
 
 
 def _register(binding: ctypes.CDLL, format: KernelFormat, path: Path) -> None:
-    library = _open(path)
+    library = open_library(path)
     library.qpass_kernel.restype = ctypes.c_void_p
     problem = binding.qpass_register(library.qpass_kernel())
     if problem:
         raise KernelError(f"{path}: its table has a wrong {'version' if problem == 2 else 'format'} for {format}")
 
 
-def _open(path: Path) -> ctypes.CDLL:
+def open_library(path: Path) -> ctypes.CDLL:
+    """A checked unit, opened once a process."""
     library = _libraries.get(path)
     if library is None:
         try:

@@ -4,71 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qpass.cpu import Cpu, Tier
+from qpass.cpu import TIERS, Cpu, Tier
+from qpass.kernels.format import BLOCK, KernelFormat
 
-BLOCK = 64
-"""Outputs of a block of the packed weight (``cpp/layout.h``)."""
-
-PANEL_ROWS = {4: 61, 8: 13}
+PANEL_ROWS = {2: 61, 3: 61, 4: 61, 8: 13}
 """By bits: rows from which codes are unpacked once for all of them (``cpp/layout.h``)."""
 
-SERVED: tuple[Tier, ...] = ("avx512_vnni", "amx")
+SERVED: tuple[Tier, ...] = TIERS[1:]
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 """By number, as ``QpassActivation`` in ``cpp/abi.h`` and ``qpass.ops.epilogue`` have them."""
-
-_GROUPS = (None, 32, 64, 128)
-_RULES = ("a16", "a8-token", "a8-token-group")
-
-
-@dataclass(frozen=True)
-class KernelFormat:
-    """What one kernel unit is compiled for; ``group`` None is per channel. Its ``number`` means the same in every process."""
-
-    bits: int
-    group: int | None
-    rule: str
-    scale_bytes: int = 4
-
-    def __post_init__(self) -> None:
-        known = self.group in _GROUPS and self.rule in _RULES
-        if self.bits not in (4, 8) or self.scale_bytes not in (2, 4) or not known:
-            raise ValueError(f"no kernel has {self}")
-        if self.group is None and self.rule == "a8-token-group":
-            raise ValueError("without weight groups, activations have one scale a token: a8-token")
-
-    @property
-    def number(self) -> int:
-        group, rule = _GROUPS.index(self.group), _RULES.index(self.rule)
-        return (self.bits == 8) | group << 1 | rule << 3 | (self.scale_bytes == 4) << 5
-
-    @classmethod
-    def of(cls, number: int) -> KernelFormat:
-        """The format behind a number. Raises ValueError for one that means nothing."""
-        if not 0 <= number < 64 or (number >> 3) & 3 == 3:
-            raise ValueError(f"{number} is no format")
-        bits, scale_bytes = (8 if number & 1 else 4), (4 if number >> 5 else 2)
-        return cls(bits, _GROUPS[(number >> 1) & 3], _RULES[(number >> 3) & 3], scale_bytes)
-
-    @property
-    def unpacks(self) -> bool:
-        """Whether codes are not yet what the dot products take; 8-bit ones times int8 activations are."""
-        return self.bits == 4 or self.rule == "a16"
-
-    def padded_k(self, k: int) -> int:
-        length = self.group or BLOCK
-        return -(-k // length) * length
-
-    def groups(self, k: int) -> int:
-        return 1 if self.group is None else -(-k // self.group)
-
-    def blocks(self, n: int, glu: bool) -> int:
-        return 2 * -(-(n // 2) // BLOCK) if glu else -(-n // BLOCK)
-
-    def packed_bytes(self, n: int, k: int, glu: bool = False) -> int:
-        """Length of the packed weight: per block and group the codes, 64 scales and 64 zeros."""
-        codes = BLOCK * self.padded_k(k) * self.bits // 8
-        return self.blocks(n, glu) * (codes + self.groups(k) * BLOCK * (self.scale_bytes + 1))
 
 
 @dataclass(frozen=True)

@@ -10,33 +10,38 @@ import torch
 from torch import Tensor
 
 import qpass.ops  # noqa: F401
-from qpass.cpu import detect
+from qpass.cpu import Tier, detect
 from qpass.kernels import load
+from qpass.kernels.format import BITS, GROUPS, KernelFormat
 from qpass.kernels.pack import pack
-from qpass.kernels.plan import SERVED, KernelFormat
+from qpass.kernels.plan import SERVED
 
-SERVES = detect().tier in SERVED
-HAS_AMX = detect().tier == "amx"
+CPU = detect()
+SERVES = CPU.tier in SERVED
 
 FORMATS = [
     KernelFormat(bits, group, rule, 2 if group else 4)
-    for bits, group, rule in itertools.product((4, 8), (None, 32, 64, 128), ("a16", "a8-token", "a8-token-group"))
+    for bits, group, rule in itertools.product(sorted(BITS), GROUPS, ("a16", "a8-token", "a8-token-group"))
     if group or rule != "a8-token-group"
 ]
 
-TIERS = ["avx512_vnni", "amx"]
-"""'amx' runs the same loops with emulated tiles on a machine without them."""
+EMULATED = {"avx_vnni": "avx512_vnni", "amx": "avx512_vnni"}
+"""What a machine without the tier needs to run its emulation."""
+
+TIERS = [tier for tier in SERVED if CPU.runs(tier) or CPU.runs(EMULATED.get(tier, tier))]
+"""Those whose code, real or emulated, runs here."""
 
 BARS = {torch.bfloat16: 45.0, torch.float16: 60.0, torch.float32: 100.0}
 
 
 def name_of(format: KernelFormat) -> str:
-    return f"w{format.bits}-{format.group}-{format.rule}-{format.scale_bytes}"
+    return format.name
 
 
-def use(format: KernelFormat, tier: str = "avx512_vnni") -> None:
-    """Serve ``format`` with the kernels of ``tier`` from now on."""
-    load.ensure(format, tier=tier, emulate_amx=tier == "amx" and not HAS_AMX)  # type: ignore[arg-type]
+def use(*formats: KernelFormat, tier: Tier | None = None) -> None:
+    """Serve these formats with the kernels of ``tier`` (the machine's own by default) from now on."""
+    tier = tier or CPU.tier
+    load.ensure(*formats, tier=tier, emulate=not CPU.runs(tier))
 
 
 @dataclass

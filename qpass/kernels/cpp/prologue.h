@@ -7,7 +7,7 @@
 // adds them.
 #pragma once
 #include <type_traits>
-#include "isa_avx512.h"
+#include "isa.h"
 
 namespace qpass {
 
