@@ -28,7 +28,12 @@ class KernelFormat:
     scale_bytes: int = 4
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS or self.group not in GROUPS or self.rule not in RULES or self.scale_bytes not in (2, 4):
+        if (
+            self.bits not in BITS
+            or self.group not in GROUPS
+            or self.rule not in RULES
+            or self.scale_bytes not in (2, 4)
+        ):
             raise ValueError(f"no kernel has {self}")
         if self.group is None and self.rule == "a8-token-group":
             raise ValueError("without weight groups, activations have one scale a token: a8-token")

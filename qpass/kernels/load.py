@@ -11,12 +11,15 @@ from pathlib import Path
 from qpass.cpu import Cpu, Tier, detect
 from qpass.errors import KernelError
 from qpass.kernels.format import KernelFormat
+from qpass.kernels.plan import Tuning
 from qpass.kernels.source import binding_unit, kernel_unit
 from qpass.kernels.store import obtain
+from qpass.kernels.tuning import tuned
 
 _lock = threading.RLock()
 _binding: ctypes.CDLL | None = None
 _libraries: dict[Path, ctypes.CDLL] = {}  # opened once, never closed: their code may be running
+_tunings: dict[int, Tuning] = {}
 _registered: dict[int, tuple[Tier, bool]] = {}  # format number -> (tier, emulated)
 
 
@@ -33,8 +36,22 @@ def ensure(*formats: KernelFormat, cpu: Cpu | None = None, tier: Tier | None = N
             return
         binding = _load_binding()
         for format, path in zip(missing, _obtain(missing, cpu, *wanted), strict=True):
-            _register(binding, format, path)
+            _register(binding, format, path, tuned(format, cpu, wanted[0]))
             _registered[format.number] = wanted
+
+
+def tuning_of(format: KernelFormat) -> Tuning:
+    """How calls of a format that :func:`ensure` loaded are walked now."""
+    return _tunings[format.number]
+
+
+def retune(format: KernelFormat, tuning: Tuning, cpu: Cpu | None = None) -> None:
+    """Walk calls of ``format`` by ``tuning`` from now on: for the search, and for tests that want one path."""
+    ensure(format, cpu=cpu)
+    with _lock:
+        cpu = cpu or detect()
+        path = obtain(kernel_unit(format, cpu, _registered[format.number][0], emulate=_registered[format.number][1]))
+        _register(_load_binding(), format, path, tuning)
 
 
 def _obtain(formats: Iterable[KernelFormat], cpu: Cpu, tier: Tier, emulate: bool) -> list[Path]:
@@ -53,16 +70,17 @@ def _load_binding() -> ctypes.CDLL:
         root = Path(torch.__file__).parent
         path = obtain(binding_unit((str(root / "include"),), (str(root / "lib"),)))
         binding = open_library(path)
-        binding.qpass_register.argtypes = (ctypes.c_void_p,)
+        binding.qpass_register.argtypes = (ctypes.c_void_p, *[ctypes.c_int32] * 3)
         binding.qpass_register.restype = ctypes.c_int
         _binding = binding
     return _binding
 
 
-def _register(binding: ctypes.CDLL, format: KernelFormat, path: Path) -> None:
+def _register(binding: ctypes.CDLL, format: KernelFormat, path: Path, tuning: Tuning) -> None:
     library = open_library(path)
     library.qpass_kernel.restype = ctypes.c_void_p
-    problem = binding.qpass_register(library.qpass_kernel())
+    _tunings[format.number] = tuning
+    problem = binding.qpass_register(library.qpass_kernel(), *tuning)
     if problem:
         raise KernelError(f"{path}: its table has a wrong {'version' if problem == 2 else 'format'} for {format}")
 

@@ -29,6 +29,8 @@ class Aten:
             )
         if format.group is None:
             return "serves int4 weights in groups only"
+        if format.group < 32:
+            return f"serves groups of 32 to 256, not {format.group}"
         if site.k % format.group:
             return f"needs K = {site.k} to be a multiple of the group {format.group}"
         if site.n % 16:

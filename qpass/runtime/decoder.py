@@ -56,6 +56,7 @@ class Decoder:
 
     def __init__(self, model: nn.Module, compile: Compile | None = None) -> None:
         compile = compile or (lambda function: function)
+        attention.prepare()
         self.model: Any = model
         self.shapes = probe(model)
         self.prompt_step = compile(make_prompt(model))

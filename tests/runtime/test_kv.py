@@ -81,18 +81,6 @@ def test_the_attention_of_the_config_is_put_back():
     assert model.config._attn_implementation == before
 
 
-def test_one_query_is_masked_and_grouped_like_many():
-    """The path for one query must agree with the one for several, per head and behind a mask."""
-    torch.manual_seed(0)
-    query, key, value = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 10, 8), torch.randn(2, 2, 10, 8)
-    mask = torch.where(torch.rand(2, 1, 1, 10) < 0.5, 0.0, float("-inf"))
-    mask[..., 0] = 0.0
-    module = torch.nn.Module()
-    got, _ = attention.attend(module, query, key, value, mask)
-    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
-    torch.testing.assert_close(got, wanted.transpose(1, 2), atol=1e-6, rtol=1e-5)
-
-
 def test_bytes_and_room():
     cache = KVCache.allocate(probe(tiny_decoders.build("llama")), 3, 64)
     assert (cache.batch, cache.length) == (3, 64)

@@ -34,6 +34,7 @@ const void* operand(const char* name, const std::optional<Tensor>& given, const 
 
 void run(QpassCall& call, const QpassKernel& kernel) {
   call.threads = int32_t(torch::stable::get_num_threads());
+  call.tuning = *tunings[kernel.format].load(std::memory_order_acquire);
   const int64_t prepared = kernel.prepared_bytes(&call);
   call.prepared = static_cast<uint8_t*>(activations.get(prepared));
   CHECK(call.prepared != nullptr, "out of memory for ", prepared, " bytes of activations");
@@ -183,9 +184,11 @@ STABLE_TORCH_LIBRARY_IMPL(qpass, CPU, m) {
 }
 
 // Called by kernels/load.py. Returns 0, or what is wrong with the table: 1 its format, 2 its version.
-extern "C" __attribute__((visibility("default"))) int qpass_register(const QpassKernel* kernel) {
+extern "C" __attribute__((visibility("default"))) int qpass_register(const QpassKernel* kernel, int32_t linear_rows,
+                                                                     int32_t panel_rows, int32_t tile_rows) {
   if (kernel == nullptr || kernel->format < 0 || kernel->format >= kFormats) return 1;
   if (kernel->abi != QPASS_ABI) return 2;
+  tunings[kernel->format].store(new QpassTuning{linear_rows, panel_rows, tile_rows}, std::memory_order_release);
   kernels[kernel->format].store(kernel, std::memory_order_release);
   return 0;
 }

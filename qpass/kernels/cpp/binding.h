@@ -22,6 +22,7 @@ using torch::stable::Tensor;
 
 constexpr int kFormats = 256;
 std::atomic<const QpassKernel*> kernels[kFormats];
+std::atomic<const QpassTuning*> tunings[kFormats];  // replaced ones are kept: a call may be reading them
 
 // Raises RuntimeError with the op's name in front: `op` is an argument or a constant where it is used.
 #define CHECK(condition, ...) STD_TORCH_CHECK(condition, op, ": ", __VA_ARGS__)

@@ -194,10 +194,11 @@ QPASS_INLINE void prefetch_tail(const Segment& s) {
 // total[rows][64] = the block's product with rows [row, row + rows) of the prepared activations; total starts at zero.
 template <class F>
 void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows, float* total,
-                    uint8_t* panel) {
+                    uint8_t* panel, const QpassTuning& tuning) {
   using T = Tuning<F>;
   const int64_t tiles = ceil_div(rows, kTileRows);
-  const bool unpacks = F::unpacks && rows >= T::panel_rows, linear = rows <= T::linear_rows;
+  const bool unpacks = F::unpacks && rows >= tuning.panel_rows;
+  const bool linear = rows <= T::linear_rows && rows <= tuning.linear_rows;
   for (int64_t i = 0; i < p.segments; i++) {
     Segment s = segment_of<F>(block, k, p.segments, i);
     if (linear) {

@@ -8,9 +8,9 @@
 
 namespace qpass::amx {
 
-constexpr int64_t kFromRows8 = 5, kFromRows16 = 65;  // narrower calls run on AVX-512
+constexpr int64_t kWide = 65;  // bf16 rows of narrower calls must have the bits of AVX-512
 
-inline bool takes(const QpassCall& c, bool a16) { return c.m >= (a16 ? kFromRows16 : kFromRows8); }
+inline bool takes(const QpassCall& c, bool a16) { return c.m >= c.tuning.tile_rows && (!a16 || c.m >= kWide); }
 
 template <class F>
 struct Tile {

@@ -63,7 +63,7 @@ struct Kernel {
           continue;
         }
 #endif
-        multiply_block<F>(weights, c.k, p, row * terms(c), rows * terms(c), total, panel);
+        multiply_block<F>(weights, c.k, p, row * terms(c), rows * terms(c), total, panel, c.tuning);
       }
       store_block<F>(c, p, block, row, rows, (const float*)totals, (const float*)(totals + half_bytes));
     }

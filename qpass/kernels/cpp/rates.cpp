@@ -10,7 +10,15 @@ using namespace qpass;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+// Zeros, which the compiler must not know.
+extern "C" {
+__attribute__((visibility("default"))) alignas(64) uint8_t qpass_rate_operands[2][64];
+}
+
 namespace {
+
+using Int8 = Format<4, 128, QPASS_A8_TOKEN, 2>;
+using Bf16 = Format<4, 128, QPASS_A16, 2>;
 
 double now() {
   timespec t;
@@ -18,7 +26,6 @@ double now() {
   return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
 }
 
-alignas(64) uint8_t operands[2][64];  
 volatile int32_t sink;
 
 // The value changes here, as far as the compiler knows: equal chains are not computed once.
@@ -58,19 +65,24 @@ QPASS_INLINE double chains(V zero, int64_t repeats, Step step) {
 
 // Twelve int8 dot products of 64 bytes a repeat: 64 multiply-accumulates each.
 EXPORT double qpass_rate_int8(int64_t repeats) {
-  const I32 x = load(operands[0]), y = load(operands[1]);
-  return chains(set(0), repeats, [=](I32 acc) { return dot(acc, x, y); });
+  auto x = load_operand<Int8>(qpass_rate_operands[0]);
+  const auto y = broadcast<Int8>(qpass_rate_operands[1]);
+  return chains(set(0), repeats, [=](I32 acc) mutable {
+    touch(x);  // without VNNI most of a dot product could be computed once
+    return dot<Int8>(acc, x, y);
+  });
 }
 
 // The same of bf16 pairs: 32 multiply-accumulates each.
 EXPORT double qpass_rate_bf16(int64_t repeats) {
-  const I32 x = load(operands[0]), y = load(operands[1]);
-  return chains(set(0.0f), repeats, [=](F32 acc) { return dot(acc, x, y); });
+  const auto x = load_operand<Bf16>(qpass_rate_operands[0]);
+  const auto y = broadcast<Bf16>(qpass_rate_operands[1]);
+  return chains(set(0.0f), repeats, [=](F32 acc) { return dot<Bf16>(acc, x, y); });
 }
 
 // Twelve integer additions on 64 bytes a repeat: what unpacking and folding are made of.
 EXPORT double qpass_rate_vector(int64_t repeats) {
-  I32 x = load(operands[0]);
+  I32 x = load(qpass_rate_operands[0]);
   touch(x);  // or additions of zeros would be none
   return chains(set(0), repeats, [=](I32 acc) { return add(acc, x); });
 }
