@@ -90,7 +90,9 @@ class Scheme:
         return cls(name, Format(bits, group, symmetric), activation)
 
 
-_NAME = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)(?:-g(?P<g>\d+))?(?:-(?P<sym>sym|asym))?(?P<dynamic>-dynamic)?(?P<static>-static)?")
+_NAME = re.compile(
+    r"w(?P<w>\d+)a(?P<a>\d+)(?:-g(?P<g>\d+))?(?:-(?P<sym>sym|asym))?(?P<dynamic>-dynamic)?(?P<static>-static)?"
+)
 
 ACCEPTED = (
     "w16a16, w8a16, w8a8-dynamic, w<2|3|4>a<16|8>, w<2|3|4|8>a<16|8>-g<16|32|64|128>, each with -sym or -asym behind it "
