@@ -7,10 +7,10 @@ import torch
 from kernel_cases import BARS, SERVES, Weight, name_of, product, run, sqnr_db, use
 from torch import Tensor
 
-from qpass.kernels.plan import KernelFormat
+from qpass.kernels.format import KernelFormat
 from qpass.ops.norm import NORMS
 
-pytestmark = pytest.mark.skipif(not SERVES, reason="needs AVX-512 VNNI")
+pytestmark = pytest.mark.skipif(not SERVES, reason="needs AVX2")
 
 FORMATS = [
     KernelFormat(4, 64, "a16", 2),
@@ -80,3 +80,28 @@ def test_strided_rows() -> None:
     weight, base = Weight.random(70, 100, format), torch.randn(4, 6, 200).bfloat16()
     for view in (base[:, :, 100:], base[::2, :, 50:150], base[:, :, ::2]):
         assert torch.equal(run(view, weight, norm=1), run(view.contiguous(), weight, norm=1))
+
+
+@pytest.mark.parametrize("group", [None, 32])
+@pytest.mark.parametrize("norm", [0, 1])
+def test_static_scale(group: int | None, norm: int) -> None:
+    """One scale for all tokens; what lies beyond 127 of it is clamped."""
+    format = KernelFormat(8, group, "a8-static", 4)
+    use(format)
+    weight, x = Weight.random(70, 130, format), torch.randn(9, 130)
+    x[0, 0] = 50.0
+    rows = normalized(x, "rms", None, None, 1e-6).float() if norm else x
+    inverse = torch.ones(()) / torch.tensor(0.015)
+    values = (rows * inverse).round().clamp(-127, 127)
+    assert bool((values.abs() == 127).any())
+    expected = (values.double() * float(torch.tensor(0.015))) @ weight.dense().t()
+    y = run(x, weight, x_scale=0.015, norm=norm, norm_eps=1e-6 if norm else 0.0)
+    assert sqnr_db(expected, y) > (45 if norm else 100)  # a normalized value on a tie may fall on its other side
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, -1.0, float("nan"), float("inf"), 1e-300, 1e300])
+def test_a_bad_static_scale_is_refused(scale: float | None) -> None:
+    format = KernelFormat(8, None, "a8-static", 4)
+    use(format)
+    with pytest.raises(RuntimeError, match=r"needs an x_scale|x_scale must be positive and finite"):
+        run(torch.randn(2, 96), Weight.random(70, 96, format), x_scale=scale)
