@@ -35,8 +35,21 @@ class Explanation:
     def table(self, *, full: bool = False) -> Table:
         """One row a site; layers that differ in their number only share a row unless ``full``."""
         table = Table(title="qpass: what became of each linear", title_justify="left")
-        for column in ("site", "count", "N x K", "scheme", "lowering", "fused", "MB before", "MB after", "notes"):
-            numeric = column in ("count", "N x K", "MB before", "MB after")
+        for column in (
+            "site",
+            "count",
+            "N x K",
+            "scheme",
+            "lowering",
+            "fused",
+            "MB before",
+            "MB after",
+            "ms",
+            "model",
+            "bf16",
+            "notes",
+        ):
+            numeric = column not in ("site", "scheme", "lowering", "fused", "notes")
             table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
         for record, count in _rows(self.records, full):
             table.add_row(
@@ -48,11 +61,16 @@ class Explanation:
                 " ".join(record.fused) or "-",
                 f"{count * record.bytes_before / 1e6:.2f}",
                 f"{count * record.bytes_after / 1e6:.2f}",
+                f"{record.measured_ms:.2f}" if record.measured_ms is not None else "-",
+                f"{record.predicted_ms:.2f}" if record.predicted_ms is not None else "-",
+                f"{record.dense_ms:.2f}" if record.dense_ms is not None else "-",
                 "; ".join(record.notes),
             )
         table.add_section()
         before, after = self.bytes_before / 1e6, self.bytes_after / 1e6
-        table.add_row("all linears", str(len(self.records)), "", "", "", "", f"{before:.2f}", f"{after:.2f}", "")
+        table.add_row(
+            "all linears", str(len(self.records)), "", "", "", "", f"{before:.2f}", f"{after:.2f}", "", "", "", ""
+        )
         return table
 
     def __rich__(self) -> Table:

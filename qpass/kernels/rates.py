@@ -57,7 +57,11 @@ def measure(cpu: Cpu) -> Rates:
 
 
 @cache
+def measured_rates() -> Rates:
+    """Of this machine at its own tier, measured once a process (half a second)."""
+    return measure(detect())
+
+
 def measured_cpu() -> Cpu:
-    """This machine with its rates, measured once a process."""
-    cpu = detect()
-    return replace(cpu, rates=measure(cpu))
+    """This machine with its rates."""
+    return replace(detect(), rates=measured_rates())

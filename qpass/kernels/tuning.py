@@ -37,6 +37,10 @@ def tuned(format: KernelFormat, cpu: Cpu, tier: Tier) -> Tuning:
     return plan.tuning(format, cpu, tier)
 
 
+def is_kept(format: KernelFormat, cpu: Cpu, tier: Tier) -> bool:
+    return _path(format, cpu, tier).exists()
+
+
 def keep(format: KernelFormat, cpu: Cpu, tier: Tier, tuning: Tuning) -> None:
     """Remember a search's answer. Raises KernelError where the cache can't be written."""
     path = _path(format, cpu, tier)

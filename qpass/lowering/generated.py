@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, fx
 
 from qpass.cpu import Cpu
 from qpass.errors import KernelError
-from qpass.kernels import load, plan
+from qpass.kernels import load, plan, tuning
 from qpass.kernels.build import find_compiler
 from qpass.kernels.format import KernelFormat
 from qpass.kernels.pack import pack, scale_bytes
+from qpass.kernels.rates import measured_rates
+from qpass.kernels.search import search
 from qpass.lowering.site import Site
 from qpass.ops.epilogue import activation_number
 from qpass.ops.norm import NORMS
@@ -59,6 +63,17 @@ class Generated:
             prologue["norm"] = NORMS.index(args["norm"])
         with graph.inserting_before(node):
             return graph.call_function(torch.ops.qpass.packed_linear.default, (*operands, *numbers), prologue)
+
+    def predict_ms(self, site: Site, m: int, packed: tuple[Tensor, ...], cpu: Cpu) -> float:
+        """What the performance model says of a call with M tokens; the first on a machine settles how it is walked."""
+        weight = site.scheme.weight
+        assert weight is not None
+        formats = [kernel_format(weight.bits, weight.group, site.scheme.activation, width) for width in (2, 4)]
+        format = next(f for f in formats if f.packed_bytes(site.n, site.k, site.glu) == packed[0].numel())
+        if not site.glu and not tuning.is_kept(format, cpu, cpu.tier):
+            search(packed[0], site.n, site.k, format, cpu)
+        rated = replace(cpu, rates=measured_rates())
+        return 1e3 * plan.plan(plan.Shape(m, site.n, site.k, site.glu), format, rated).seconds
 
 
 def kernel_format(bits: int, group: int | None, rule: str, scale_width: int) -> KernelFormat:
