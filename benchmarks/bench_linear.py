@@ -22,8 +22,9 @@ from torch import Tensor
 import qpass.ops  # noqa: F401
 from qpass.cpu import detect
 from qpass.kernels import load
+from qpass.kernels.format import KernelFormat
 from qpass.kernels.pack import pack
-from qpass.kernels.plan import SERVED, KernelFormat
+from qpass.kernels.plan import SERVED
 from qpass.measure.bandwidth import measure_bandwidth_gbps
 
 SHAPES = ((8960, 1536), (1536, 8960))  # N, K: up and down of a 1.5B model
@@ -35,6 +36,10 @@ FORMATS = {
     "w4a8-g128": KernelFormat(4, 128, "a8-token-group", 2),
     "w4a16-g32": KernelFormat(4, 32, "a16", 2),
     "w4a8-g32": KernelFormat(4, 32, "a8-token-group", 2),
+    "w3a16-g64": KernelFormat(3, 64, "a16", 2),
+    "w3a8-g64": KernelFormat(3, 64, "a8-token-group", 2),
+    "w2a16-g32": KernelFormat(2, 32, "a16", 2),
+    "w2a8-g64": KernelFormat(2, 64, "a8-token-group", 2),
     "w8a16": KernelFormat(8, None, "a16", 4),
     "w8a8": KernelFormat(8, None, "a8-token", 4),
 }
@@ -116,7 +121,7 @@ def table(
     cpu = detect()
     bandwidth = measure_bandwidth_gbps()
     print(f"{cpu.name}, tier {cpu.tier}, {torch.get_num_threads()} threads, read bandwidth {bandwidth:.1f} GB/s")
-    baseline = {"w4": "int4pack-g128", "w8": "int8pack"}
+    baseline = {"w2": "int4pack-g128", "w3": "int4pack-g128", "w4": "int4pack-g128", "w8": "int8pack"}
     for n, k in shapes:
         cases = {name: candidate(name, n, k) for name in names}
         for m in tokens:

@@ -9,12 +9,14 @@ import pathlib
 
 STEPS = [
     ("capture", "Dynamo's graph,", "before AOT"),
-    ("canonicalize", "one spelling of linear,", "silu, gelu, add, mul"),
+    ("canonicalize", "one spelling of linear,", "norm, silu, gelu, add"),
     ("merge_siblings", "q|k|v, gate|up:", "one linear an input"),
-    ("quantize_linears", "codes for weights: the", "only change of numbers"),
+    ("quantize_linears", "codes in place", "of weights"),
+    ("fuse_norms", "RMSNorm, LayerNorm of", "one linear's input"),
     ("fuse_epilogues", "bias, activation, gate,", "multiply, residual"),
     ("lower", "generated > onednn", "> aten > reference"),
-    ("Inductor", "everything else:", "norms, rotary, attention"),
+    ("share_embeddings", "a tied table is read", "from the head's codes"),
+    ("Inductor", "everything else:", "rotary, sampling, ..."),
 ]
 WIDTH, HEIGHT, GAP = 158, 74, 22
 
@@ -23,7 +25,7 @@ def draw() -> str:
     total = len(STEPS) * (WIDTH + GAP) + GAP
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} 190" font-family="system-ui, sans-serif" font-size="12" role="img">',
-        "<title>The pipeline: capture, five passes, Inductor; packed weights in one store</title>",
+        "<title>The pipeline: capture, seven passes, Inductor; packed weights in one store</title>",
         '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0L8 4L0 8z" fill="#888"/></marker></defs>',
     ]
@@ -42,8 +44,9 @@ def draw() -> str:
             )
         if index:
             parts.append(f'<path d="M{x - GAP + 2} 57H{x - 3}" stroke="#888" stroke-width="2" marker-end="url(#a)"/>')
-    lower = GAP + 5 * (WIDTH + GAP) + WIDTH / 2
-    quantize = GAP + 3 * (WIDTH + GAP)
+    names = [name for name, *_ in STEPS]
+    lower = GAP + names.index("lower") * (WIDTH + GAP) + WIDTH / 2
+    quantize = GAP + names.index("quantize_linears") * (WIDTH + GAP)
     parts += [
         f'<rect x="{quantize}" y="128" width="{2 * WIDTH + GAP}" height="44" rx="8" fill="none" stroke="#0b6e6e" stroke-width="2"/>',
         f'<text x="{quantize + WIDTH + GAP / 2}" y="147" text-anchor="middle" fill="#888" font-weight="600">store: each weight packed once,</text>',

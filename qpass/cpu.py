@@ -13,21 +13,39 @@ from typing import Literal
 
 from qpass.errors import OptionError
 
-Tier = Literal["none", "avx2", "avx512_vnni", "amx"]
+Tier = Literal["none", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx"]
 
-TIERS: tuple[Tier, ...] = ("none", "avx2", "avx512_vnni", "amx")
-"""From the poorest to the richest; each needs what those below it need."""
+TIERS: tuple[Tier, ...] = ("none", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")
+"""From the poorest to the richest. Not every machine of a tier has those below it: Zen 4 has AVX-512 VNNI and no
+AVX-VNNI, Alder Lake the reverse."""
+
+_AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 _NEEDS: dict[Tier, frozenset[str]] = {
     "none": frozenset(),
-    "avx2": frozenset({"avx2", "fma", "f16c"}),
-    "avx512_vnni": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}),
-    "amx": frozenset({"amx_tile", "amx_int8", "amx_bf16", "avx512_bf16"}),
+    "avx2": _AVX2,
+    "avx_vnni": _AVX2 | {"avx_vnni"},
+    "avx512": _AVX512,
+    "avx512_vnni": _AVX512 | {"avx512_vnni"},
+    "amx": _AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
 }
 
 _ARCH_REQ_XCOMP_PERM = 0x1023
 _XFEATURE_XTILEDATA = 18
 _SYS_ARCH_PRCTL = 158
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What all cores together reach at most, a second: bytes from memory, multiply-accumulates, 64-byte vector instructions."""
+
+    read_bytes: float
+    int8_macs: float
+    bf16_macs: float
+    vector_ops: float
+    int8_tile_macs: float = 0.0  # AMX; 0 without it
+    bf16_tile_macs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,18 +61,17 @@ class Cpu:
     l3_bytes: int = 16 << 20
     amx_permitted: bool = False
     cap: Tier | None = None  # QPASS_ISA
+    rates: Rates | None = None  # where somebody measured them (kernels/rates.py)
 
     @property
     def tier(self) -> Tier:
         """The richest tier that the machine, the kernel's permission and the cap allow."""
-        best: Tier = "none"
-        for tier in TIERS:
-            if not _NEEDS[tier] <= self.isa or (tier == "amx" and not self.amx_permitted):
-                break
-            best = tier
-            if tier == self.cap:
-                break
-        return best
+        allowed = TIERS if self.cap is None else TIERS[: TIERS.index(self.cap) + 1]
+        return next(tier for tier in reversed(allowed) if self.runs(tier))
+
+    def runs(self, tier: Tier) -> bool:
+        """Whether code of this tier can run here; a cap doesn't matter."""
+        return _NEEDS[tier] <= self.isa and (tier != "amx" or self.amx_permitted)
 
 
 def detect() -> Cpu:

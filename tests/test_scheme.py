@@ -7,7 +7,7 @@ import torch
 
 from qpass.errors import SchemeError
 from qpass.qweight import QWeight
-from qpass.scheme import SCHEMES, Format, Scheme
+from qpass.scheme import BITS, GROUPS, SCHEMES, Format, Scheme
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,12 @@ from qpass.scheme import SCHEMES, Format, Scheme
         ("w4a8-g64", Format(4, 64, False), "a8-token-group"),
         ("w4a8", Format(4, None, False), "a8-token"),
         ("w8a8-dynamic", Format(8, None, True), "a8-token"),
+        ("w3a16-g64", Format(3, 64, False), "a16"),
+        ("w3a8-g64-sym", Format(3, 64, True), "a8-token-group"),
+        ("w2a16-g32", Format(2, 32, False), "a16"),
+        ("w2a8-g16-dynamic", Format(2, 16, False), "a8-token-group"),
+        ("w2a8", Format(2, None, False), "a8-token"),
+        ("w8a16-g16", Format(8, 16, True), "a16"),
     ],
 )
 def test_parse(name: str, weight: Format | None, activation: str) -> None:
@@ -38,6 +44,9 @@ def test_parse(name: str, weight: Format | None, activation: str) -> None:
         "int8",
         "w4",
         "w5a16",
+        "w1a16",
+        "w2a16-g8",
+        "w3a16-g48",
         "w4a4",
         "w4a16-g",
         "w4a16-g100",
@@ -50,8 +59,24 @@ def test_parse(name: str, weight: Format | None, activation: str) -> None:
     ],
 )
 def test_refused_names_say_what_is_accepted(name: str) -> None:
-    with pytest.raises(SchemeError, match=r"w4a16-g|32, 64, 128"):
+    with pytest.raises(SchemeError, match=r"w<2\|3\|4\|8>a<16\|8>-g<|16, 32, 64, 128"):
         Scheme.parse(name)
+
+
+@pytest.mark.parametrize("name", ["w8a8-static", "w4a8-g128-static"])
+def test_a_static_scale_needs_calibration(name: str) -> None:
+    with pytest.raises(SchemeError, match=f"scheme '{name}': .* calibration.*; accepted: "):
+        Scheme.parse(name)
+
+
+def test_every_bits_group_and_symmetry_has_a_name() -> None:
+    for bits in BITS:
+        for group in (None, *GROUPS):
+            for symmetric in (True, False):
+                tail = f"{f'-g{group}' if group else ''}-{'sym' if symmetric else 'asym'}"
+                for act, rule in ((16, "a16"), (8, "a8-token-group" if group else "a8-token")):
+                    scheme = Scheme.parse(f"w{bits}a{act}{tail}")
+                    assert (scheme.weight, scheme.activation) == (Format(bits, group, symmetric), rule)
 
 
 def test_documented_schemes_parse_to_themselves() -> None:

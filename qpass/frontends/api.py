@@ -34,6 +34,7 @@ def compile(
     exclude: Any = (),
     lowering: str | None = None,
     release_weights: bool = False,
+    insist: bool = False,
     dynamic: bool | None = None,
     fullgraph: bool = False,
 ) -> Any:
@@ -48,11 +49,15 @@ def compile(
     lowering         the only lowering to use ("generated", "onednn", "aten", "reference"); by default the first that can
     release_weights  free the full-precision weights as they are packed; any other use of them raises
                      ReleasedWeightError from then on
+    insist           quantize every chosen layer, even one that is timed at compilation and found slower than as it was
+                     (its M tokens decide); implied by ``lowering`` and by ``release_weights``
     dynamic, fullgraph  as for ``torch.compile``
 
     Compilation happens at the first call. Raises OptionError, SchemeError, UnsupportedError.
     """
-    options = Options.make(scheme=scheme, exclude=exclude, lowering=lowering, release_weights=release_weights)
+    options = Options.make(
+        scheme=scheme, exclude=exclude, lowering=lowering, release_weights=release_weights, insist=insist
+    )
     arguments = {"dynamic": dynamic, "fullgraph": fullgraph}
     if model is None:
         return functools.partial(_compile_any, options=options, arguments=arguments)

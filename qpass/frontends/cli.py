@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -125,6 +126,46 @@ def explain(
         from qpass.frontends.commands import explain as command
 
         command.explain(model, scheme=scheme, exclude=tuple(exclude or ()), lowering=lowering, full=full)
+
+
+@app.command()
+def kernels(
+    model: Model,
+    scheme: SchemeOption = "w4a16-g128",
+    tokens: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(help="M, tokens at once; may be repeated. By default 1, 8 and 128.", show_default=False),
+    ] = None,
+    exclude: Exclude = None,
+    debug: Debug = False,
+) -> None:
+    """For each distinct linear: how its kernel walks it, the model's time, the clock's, and the share of the limit."""
+    with _spoken(debug):
+        from qpass.frontends.commands import kernels as command
+
+        command.kernels(model, scheme=scheme, exclude=tuple(exclude or ()), tokens=tuple(tokens or (1, 8, 128)))
+
+
+@app.command()
+def profile(
+    model: Model,
+    scheme: SchemeOption = "w4a16-g128",
+    context: Annotated[int, typer.Option(min=1, help="How many tokens stand before the one that is timed.")] = 512,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Also draw it, as .png, .svg or .pdf.", show_default=False),
+    ] = None,
+    exclude: Exclude = None,
+    lowering: Lowering = None,
+    debug: Debug = False,
+) -> None:
+    """Where the time of one decode step goes: linears by shape, attention, the rest; a table and a picture."""
+    with _spoken(debug):
+        from qpass.frontends.commands import profile as command
+
+        command.profile(
+            model, scheme=scheme, exclude=tuple(exclude or ()), lowering=lowering, context=context, output=output
+        )
 
 
 @app.command()

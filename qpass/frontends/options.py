@@ -18,17 +18,25 @@ class Options:
     assignment: Assignment
     lowering: str | None = None
     release_weights: bool = False
+    insist: bool = False
 
     @classmethod
     def make(
-        cls, *, scheme: Any = None, exclude: Any = (), lowering: str | None = None, release_weights: bool = False
+        cls,
+        *,
+        scheme: Any = None,
+        exclude: Any = (),
+        lowering: str | None = None,
+        release_weights: bool = False,
+        insist: bool = False,
     ) -> Options:
         """Raises OptionError or SchemeError, which name the culprit and what is accepted."""
         if lowering is not None:
             by_name(lowering)
-        if not isinstance(release_weights, bool):
-            raise OptionError(f"release_weights takes True or False, not {release_weights!r}")
-        return cls(Assignment.make(scheme, exclude), lowering, release_weights)
+        for name, value in (("release_weights", release_weights), ("insist", insist)):
+            if not isinstance(value, bool):
+                raise OptionError(f"{name} takes True or False, not {value!r}")
+        return cls(Assignment.make(scheme, exclude), lowering, release_weights, insist)
 
     @classmethod
     def from_compile(cls, options: Mapping[str, Any] | None, mode: str | None) -> Options:

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qpass.kernels.plan import BLOCK, KernelFormat
+from qpass.kernels.format import BLOCK, KernelFormat
 
 _LANES = 16
+_VECTORS = BLOCK // _LANES
+_THIRDS = ((2, 3, 6, 7), (0, 1, 4, 5))  # where the third bits of two rows of pairs lie
 _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14
 _HALF_TINY = 2.0**-14  # the smallest normal float16
@@ -32,13 +34,9 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, format: KernelFormat, glu
     n, k = codes.shape
     b, g, kp = format.blocks(n, glu), format.groups(k), format.padded_k(k)
     codes = _blocked(F.pad(codes, (0, kp - k)) if kp > k else codes, b, glu)  # [B, 64, Kp]
-    chunk = min(format.group or BLOCK, BLOCK)
     quads = codes.contiguous().view(torch.int32)  # four consecutive inputs each, [B, 64, Kp/4]
-    quads = quads.view(b, BLOCK // _LANES, _LANES, g, kp // g // chunk, chunk // 4)  # [B, v, n, G, C, steps]
-    quads = quads.permute(0, 3, 4, 1, 5, 2)  # [B, G, C, v, steps, n]
-    if format.bits == 4:
-        low, high = quads.chunk(2, dim=4)
-        quads = torch.bitwise_or(low, high << 4)
+    quads = quads.view(b, _VECTORS, _LANES, g, kp // g // format.chunk, format.chunk // 4)  # [B, v, n, G, C, steps]
+    quads = _joined(quads.permute(0, 3, 4, 1, 5, 2), format.bits)  # [B, G, C, v, steps, n]
     rows = quads.contiguous().view(b, g, -1).view(torch.uint8)  # [B, G, bytes of codes]
     if format.scale_bytes == 2:
         scales = scales.half()
@@ -54,17 +52,51 @@ def unpack(packed: Tensor, n: int, k: int, format: KernelFormat, glu: bool = Fal
     b, g, kp = format.blocks(n, glu), format.groups(k), format.padded_k(k)
     sizes = [BLOCK * kp // g * format.bits // 8, BLOCK * format.scale_bytes, BLOCK]
     rows, scales, zeros = (t.contiguous() for t in packed.view(b, g, -1).split(sizes, dim=2))
-    chunk = min(format.group or BLOCK, BLOCK)
-    quads = rows.view(torch.uint8)
-    if format.bits == 4:
-        quads = quads.view(b, g, kp // g // chunk, BLOCK // _LANES, chunk // 8, _LANES * 4)
-        quads = torch.cat([quads & 15, quads >> 4], dim=4)
-    quads = quads.reshape(b, g, kp // g // chunk, BLOCK // _LANES, chunk // 4, _LANES, 4)
-    codes = quads.permute(0, 3, 5, 1, 2, 4, 6).reshape(b, BLOCK, kp)
+    quads = _split(rows.view(torch.int32).view(b, g, kp // g // format.chunk, -1, _LANES), format)
+    codes = quads.permute(0, 3, 5, 1, 2, 4).contiguous().view(torch.uint8).view(b, BLOCK, kp)
     values = scales.view(torch.float16 if format.scale_bytes == 2 else torch.float32).float()
     parts = (codes, values.transpose(1, 2), zeros.transpose(1, 2))
     full = [_unblocked(t, n, glu) for t in parts]
     return full[0][:, :k].contiguous(), full[1], full[2]
+
+
+def _joined(quads: Tensor, bits: int) -> Tensor:
+    """K4-steps as the layout's rows: int32 [..., v, steps, 16], a code in each byte -> [..., rows, 16] of any leading shape."""
+    if bits == 8:
+        return quads
+    if bits == 4:
+        low, high = quads.chunk(2, dim=-2)
+        return low | high << 4
+    steps = quads.unflatten(-2, (-1, 4)).flatten(-4, -3)  # [..., v * code rows, 4, 16]
+    pairs = _or(steps & 0x03030303, (0, 2, 4, 6))
+    if bits == 2:
+        return pairs
+    thirds = (steps >> 2 & 0x01010101).unflatten(-3, (-1, 2))
+    first, second = (_or(thirds[..., half, :, :], places) for half, places in enumerate(_THIRDS))
+    return torch.cat([pairs.unflatten(-2, (-1, 2)), (first | second).unsqueeze(-2)], dim=-2)
+
+
+def _split(rows: Tensor, format: KernelFormat) -> Tensor:
+    """The inverse of :func:`_joined`: int32 [B, G, C, rows, 16] -> [B, G, C, v, steps, 16]."""
+    if format.bits == 8:
+        return rows.unflatten(-2, (_VECTORS, -1))
+    if format.bits == 4:
+        rows = rows.unflatten(-2, (_VECTORS, -1))
+        return torch.cat([rows & 0x0F0F0F0F, rows >> 4 & 0x0F0F0F0F], dim=-2)
+    if format.bits == 3:
+        triples = rows.unflatten(-2, (-1, 3))
+        rows, third = triples[..., :2, :].flatten(-3, -2), triples[..., 2, :]
+    steps = torch.stack([rows >> place & 0x03030303 for place in (0, 2, 4, 6)], dim=-2)  # [..., v * code rows, 4, 16]
+    if format.bits == 3:
+        halves = [torch.stack([third >> p & 0x01010101 for p in places], dim=-2) for places in _THIRDS]
+        steps = steps | torch.stack(halves, dim=-3).flatten(-4, -3) << 2
+    return steps.unflatten(-3, (_VECTORS, -1)).flatten(-3, -2)
+
+
+def _or(steps: Tensor, places: tuple[int, ...]) -> Tensor:
+    """[..., 4, 16] -> [..., 16]: step i moved up to bit ``places[i]`` of its byte."""
+    a, b, c, d = (steps[..., i, :] << place for i, place in enumerate(places))
+    return a | b | c | d
 
 
 def _advise_huge_pages(tensor: Tensor) -> None:

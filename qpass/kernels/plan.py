@@ -1,74 +1,50 @@
-"""Plan: which kernel serves a format, how it walks a shape, and what it reads. Pure: no torch, no clock."""
+"""Plan: how a kernel walks a shape, and the time that takes: a performance model of registers, caches, instructions and memory.
+
+Pure: no torch, no clock. After QIGen's idea (arXiv 2307.03738): a model chooses the blocking, a generator emits the kernel.
+What the machine reaches at most comes in as ``Cpu.rates``; every constant of the model has a name and a source here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from qpass.cpu import Cpu, Tier
+from qpass.cpu import TIERS, Cpu, Rates, Tier
+from qpass.kernels.format import BLOCK, KernelFormat
 
-BLOCK = 64
-"""Outputs of a block of the packed weight (``cpp/layout.h``)."""
+Path = Literal["linear", "stream", "panel", "tiles"]
+"""linear: weights in the order they lie in, few accumulators. stream: four vectors abreast, codes unpacked in registers
+again for each tile of rows. panel: unpacked once into the L1 cache. tiles: the same panel, fed to AMX."""
 
-PANEL_ROWS = {4: 61, 8: 13}
-"""By bits: rows from which codes are unpacked once for all of them (``cpp/layout.h``)."""
-
-SERVED: tuple[Tier, ...] = ("avx512_vnni", "amx")
+SERVED: tuple[Tier, ...] = TIERS[1:]
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 """By number, as ``QpassActivation`` in ``cpp/abi.h`` and ``qpass.ops.epilogue`` have them."""
 
-_GROUPS = (None, 32, 64, 128)
-_RULES = ("a16", "a8-token", "a8-token-group")
+LANES = 16
+SEGMENT = {"a16": 128, "a8": 256}  # inputs between stores of the accumulators without groups (cpp/layout.h)
 
-
-@dataclass(frozen=True)
-class KernelFormat:
-    """What one kernel unit is compiled for; ``group`` None is per channel. Its ``number`` means the same in every process."""
-
-    bits: int
-    group: int | None
-    rule: str
-    scale_bytes: int = 4
-
-    def __post_init__(self) -> None:
-        known = self.group in _GROUPS and self.rule in _RULES
-        if self.bits not in (4, 8) or self.scale_bytes not in (2, 4) or not known:
-            raise ValueError(f"no kernel has {self}")
-        if self.group is None and self.rule == "a8-token-group":
-            raise ValueError("without weight groups, activations have one scale a token: a8-token")
-
-    @property
-    def number(self) -> int:
-        group, rule = _GROUPS.index(self.group), _RULES.index(self.rule)
-        return (self.bits == 8) | group << 1 | rule << 3 | (self.scale_bytes == 4) << 5
-
-    @classmethod
-    def of(cls, number: int) -> KernelFormat:
-        """The format behind a number. Raises ValueError for one that means nothing."""
-        if not 0 <= number < 64 or (number >> 3) & 3 == 3:
-            raise ValueError(f"{number} is no format")
-        bits, scale_bytes = (8 if number & 1 else 4), (4 if number >> 5 else 2)
-        return cls(bits, _GROUPS[(number >> 1) & 3], _RULES[(number >> 3) & 3], scale_bytes)
-
-    @property
-    def unpacks(self) -> bool:
-        """Whether codes are not yet what the dot products take; 8-bit ones times int8 activations are."""
-        return self.bits == 4 or self.rule == "a16"
-
-    def padded_k(self, k: int) -> int:
-        length = self.group or BLOCK
-        return -(-k // length) * length
-
-    def groups(self, k: int) -> int:
-        return 1 if self.group is None else -(-k // self.group)
-
-    def blocks(self, n: int, glu: bool) -> int:
-        return 2 * -(-(n // 2) // BLOCK) if glu else -(-n // BLOCK)
-
-    def packed_bytes(self, n: int, k: int, glu: bool = False) -> int:
-        """Length of the packed weight: per block and group the codes, 64 scales and 64 zeros."""
-        codes = BLOCK * self.padded_k(k) * self.bits // 8
-        return self.blocks(n, glu) * (codes + self.groups(k) * BLOCK * (self.scale_bytes + 1))
+UNPACK_OPS = {
+    # vector instructions that make one operand of codes, counted in cpp/isa_*.h; loads apart
+    (8, "a8"): 0.0,  # a row is an operand
+    (4, "a8"): 1.5,  # and; shift, and
+    (3, "a8"): 2.75,  # select of two planes, shift, and
+    (2, "a8"): 1.75,  # shift, and
+    (8, "a16"): 4.5,  # three lookups and blends for two operands of a row, with VBMI
+    (4, "a16"): 1.75,  # shift and lookup
+    (3, "a16"): 2.5,  # select, shift, lookup
+    (2, "a16"): 1.75,
+}
+FOLD_OPS = {"a16": 5.0, "a8": 6.0}  # a finished group into 16 totals: convert, zero, scale, add, load, store
+LOAD_OPS = 0.5  # a load of 64 bytes beside arithmetic: two a cycle on every core since Haswell
+PREPARE_OPS = {"a16": 12.0, "a8": 14.0}  # 16 inputs: widen, (largest, scale, round, narrow), sum, store
+EPILOGUE_OPS = 10.0  # 16 outputs: load, bias, round, store
+DOT_LATENCY = {"a16": 6.0, "a8": 4.0}  # cycles, Zen 4 and Sapphire Rapids (uops.info: vdpbf16ps, vpdpbusd)
+LINEAR_READ = 1.0  # of the read bandwidth: the hardware prefetcher follows one stream best
+STREAM_READ = 0.9  # four streams a block; measured on Zen 4, 2026-11
+CALL_SECONDS = 4e-6  # the op's call and the waking of the other threads, measured on Zen 4, 2026-11
+OVERLAP = 4.0  # exponent of the norm that joins memory and arithmetic: they overlap, but not where both are the limit
 
 
 @dataclass(frozen=True)
@@ -91,13 +67,62 @@ class Blocking:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one call runs. ``path``: 'stream' unpacks codes in registers, 'panel' once into the L1 cache, 'tiles' feeds AMX."""
+    """How one call runs, and what that should take."""
 
     tier: Tier
-    path: str
+    path: Path
+    tile_rows: int
     blocking: Blocking
     weight_bytes: int
     multiplies: int
+    memory_seconds: float
+    compute_seconds: float
+    limit_seconds: float  # the memory at its full rate or the dot products at theirs, whichever takes longer
+    seconds: float
+
+    @property
+    def bound(self) -> str:
+        return "memory" if self.memory_seconds > self.compute_seconds else "arithmetic"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """From how many rows on a call is walked how (``QpassTuning`` in ``cpp/abi.h``); never seen in the result's bits."""
+
+    linear_rows: int
+    panel_rows: int
+    tile_rows: int
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((self.linear_rows, self.panel_rows, self.tile_rows))
+
+    def path(self, format: KernelFormat, tier: Tier, m: int) -> Path:
+        if tier == "amx" and m >= self.tile_rows and (format.rule != "a16" or m > EXACT_ROWS):
+            return "tiles"
+        if m <= min(self.linear_rows, linear_limit(format, tier)):
+            return "linear"
+        return "panel" if format.unpacks and m >= self.panel_rows else "stream"
+
+
+EXACT_ROWS = 64
+"""Up to here the rows of a16 have the same bits for every M: tiles round otherwise and serve wider calls only."""
+
+NEVER = 1 << 30
+
+TYPICAL_RATES = Rates(read_bytes=30e9, int8_macs=460e9, bf16_macs=230e9, vector_ops=14.5e9)
+"""Two cores of Zen 4 (2026-11): where nobody measured."""
+
+
+def linear_limit(format: KernelFormat, tier: Tier) -> int:
+    """The most rows that a unit can walk in stored order (``Tuning::linear_rows`` in ``cpp/isa_*.h``)."""
+    if tier in ("avx2", "avx_vnni"):
+        return 1
+    return 0 if format.rule == "a16" else 6 if format.bits == 8 else 2
+
+
+def tile_rows(tier: Tier, path: Path) -> int:
+    """Rows of a register tile: 24 of 32 accumulators, 8 of 16, or an AMX tile."""
+    return 16 if path == "tiles" else 4 if tier in ("avx2", "avx_vnni") else 6
 
 
 def blocking(cpu: Cpu) -> Blocking:
@@ -106,17 +131,105 @@ def blocking(cpu: Cpu) -> Blocking:
     return Blocking(task_rows=max(192, min(2048, rows // 96 * 96)), prefetch_bytes=8192)
 
 
-def plan(shape: Shape, format: KernelFormat, cpu: Cpu) -> Plan:
-    """Raises ValueError where the machine has no tier that these kernels serve."""
-    tier = cpu.tier
+def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier | None = None) -> Plan:
+    """What one call takes on ``path``. Raises ValueError where the machine has no tier that these kernels serve."""
+    tier, rates = tier or cpu.tier, cpu.rates or TYPICAL_RATES
     if tier not in SERVED:
         raise ValueError(f"{cpu.name} has tier {tier}; the kernels need one of {', '.join(SERVED)}")
-    if tier == "amx" and shape.m > (64 if format.rule == "a16" else 4):
-        path = "tiles"
+    kind = "a16" if format.rule == "a16" else "a8"
+    macs_of_dot = 32 if kind == "a16" else 64
+    n, k = format.blocks(shape.n, shape.glu) * BLOCK, format.padded_k(shape.k)
+    rows = tile_rows(tier, path)
+    passes = -(-shape.m // rows)  # of a tile over the weights
+    operands = n * k / macs_of_dot  # of 64 bytes
+    dots = operands * shape.m
+    segment = format.group or SEGMENT[kind]
+    folds = shape.m * n / LANES * -(-k // segment)
+    ops = folds * FOLD_OPS[kind]
+    unpacking = operands * UNPACK_OPS[format.bits, kind]
+    if path == "tiles":
+        unpacked = unpacking + 2 * LOAD_OPS * operands
+        rate = rates.int8_tile_macs if kind == "a8" else rates.bf16_tile_macs
+        padded = passes * rows / shape.m if shape.m >= rows else 1.0  # the last tile's empty rows are multiplied too
+        dot_seconds = dots * macs_of_dot * padded / max(rate, 1.0)
+        vector_seconds = (ops + (unpacked if format.unpacks else 0.0)) / rates.vector_ops
+        compute = dot_seconds + vector_seconds  # tiles wait for the panel, and the fold for the tiles
     else:
-        path = "panel" if format.unpacks and shape.m >= PANEL_ROWS[format.bits] else "stream"
-    weight_bytes = format.packed_bytes(shape.n, shape.k, shape.glu)
-    return Plan(tier, path, blocking(cpu), weight_bytes, shape.m * shape.n * shape.k)
+        loads = operands * LOAD_OPS * ((1 + passes) if path == "panel" else passes)
+        times = 1 if path in ("panel", "linear") else passes
+        rate = (rates.int8_macs if kind == "a8" else rates.bf16_macs) / macs_of_dot
+        height = min(shape.m, rows)
+        starved = max(1.0, DOT_LATENCY[kind] / (height * (1 if path == "linear" else 4)))  # too few sums in flight
+        compute = max(dots / rate * starved, (dots + unpacking * times + loads + ops) / rates.vector_ops)
+    moved = format.packed_bytes(shape.n, shape.k, shape.glu)
+    memory = moved / (rates.read_bytes * (LINEAR_READ if path == "linear" else STREAM_READ))
+    tasks = format.blocks(shape.n, shape.glu) // (2 if shape.glu else 1) * -(-shape.m // blocking(cpu).task_rows)
+    idle = -(-tasks // cpu.cores) * cpu.cores / tasks  # the last tasks leave threads without work
+    prepare = shape.m * k / LANES * PREPARE_OPS[kind] / rates.vector_ops * (cpu.cores if shape.m == 1 else 1)
+    finish = shape.m * n / LANES * EPILOGUE_OPS / rates.vector_ops
+    busy = (memory**OVERLAP + (compute * idle) ** OVERLAP) ** (1 / OVERLAP)
+    peak = max(rates.int8_macs, rates.int8_tile_macs) if kind == "a8" else max(rates.bf16_macs, rates.bf16_tile_macs)
+    multiplies = shape.m * shape.n * shape.k
+    return Plan(
+        tier=tier,
+        path=path,
+        tile_rows=rows,
+        blocking=blocking(cpu),
+        weight_bytes=moved,
+        multiplies=multiplies,
+        memory_seconds=memory,
+        compute_seconds=compute,
+        limit_seconds=max(moved / rates.read_bytes, multiplies / peak),
+        seconds=CALL_SECONDS + prepare + busy + finish,
+    )
+
+
+def paths(format: KernelFormat, tier: Tier, m: int) -> tuple[Path, ...]:
+    """The ways in which a tier's unit can walk M rows."""
+    found: list[Path] = ["stream"]
+    if m <= linear_limit(format, tier):
+        found.append("linear")
+    if format.unpacks:
+        found.append("panel")
+    if tier == "amx" and (format.rule != "a16" or m > EXACT_ROWS):
+        found.append("tiles")
+    return tuple(found)
+
+
+def plan(shape: Shape, format: KernelFormat, cpu: Cpu) -> Plan:
+    """The fastest path as the model sees it. Raises ValueError where the machine has no tier that these kernels serve."""
+    return min(
+        (predict(shape, format, cpu, path) for path in paths(format, cpu.tier, shape.m)), key=lambda p: p.seconds
+    )
+
+
+REFERENCE = (8960, 1536)
+"""N and K of the shape on which thresholds are chosen: an up projection of a 1.5B model."""
+
+
+def tuning(format: KernelFormat, cpu: Cpu, tier: Tier | None = None) -> Tuning:
+    """The thresholds in M that follow from the model."""
+    (n, k), tier = REFERENCE, tier or cpu.tier
+    if tier == "amx" and not (cpu.rates and cpu.rates.int8_tile_macs):
+        cpu = replace(cpu, rates=AMX_RATES)
+
+    def faster(a: Path, b: Path, m: int) -> bool:
+        shape = Shape(m, n, k)
+        return predict(shape, format, cpu, a, tier).seconds < predict(shape, format, cpu, b, tier).seconds
+
+    linear = 0
+    while linear < linear_limit(format, tier) and faster("linear", "stream", linear + 1):
+        linear += 1
+    panel = next((m for m in range(2, 257) if faster("panel", "stream", m)), NEVER) if format.unpacks else NEVER
+    vector = Tuning(linear, panel, NEVER)
+    if tier != "amx":
+        return vector
+    tiles = next((m for m in range(1, 257) if faster("tiles", vector.path(format, tier, m), m)), NEVER)
+    return replace(vector, tile_rows=tiles)
+
+
+AMX_RATES = replace(TYPICAL_RATES, read_bytes=28e9, int8_tile_macs=3.2e12, bf16_tile_macs=1.6e12)
+"""Two threads of one Sapphire Rapids core: 6.4 TOPS and 3.2 TFLOPS of tile products, 28 GB/s."""
 
 
 def refuse(format: KernelFormat, k: int) -> str | None:

@@ -6,16 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qpass.cpu import Cpu, Tier
-from qpass.kernels.plan import Blocking, KernelFormat, blocking
+from qpass.kernels.format import KernelFormat
+from qpass.kernels.plan import Blocking, blocking
 
 HEADERS = Path(__file__).parent / "cpp"
 
-_RULES = {"a16": "QPASS_A16", "a8-token": "QPASS_A8_TOKEN", "a8-token-group": "QPASS_A8_TOKEN_GROUP"}
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_AVX512_VNNI = (*_AVX512, "-mavx512vnni")
 
 _TIER_FLAGS: dict[Tier, tuple[str, ...]] = {
-    "avx512_vnni": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c", "-mbmi2"),
+    "avx2": _AVX2,
+    "avx_vnni": (*_AVX2, "-DQPASS_AVX_VNNI"),
+    "avx512": _AVX512,
+    "avx512_vnni": _AVX512_VNNI,
+    "amx": (*_AVX512_VNNI, "-mavx512bf16", "-DQPASS_AMX"),
 }
-_TIER_FLAGS["amx"] = (*_TIER_FLAGS["avx512_vnni"], "-mavx512bf16", "-DQPASS_AMX")
+
+_EXTRAS = {"avx512_bf16": "-mavx512bf16", "avx512vbmi": "-mavx512vbmi", "gfni": "-mgfni"}
+"""Flags of what a CPU may have beyond AVX-512 VNNI."""
 
 COMMON_FLAGS = (
     "-std=c++20",
@@ -41,34 +50,46 @@ class Unit:
     libraries: tuple[str, ...] = ()  # behind the source on the command line
 
 
-def kernel_unit(format: KernelFormat, cpu: Cpu, tier: Tier | None = None, *, emulate_amx: bool = False) -> Unit:
+def kernel_unit(format: KernelFormat, cpu: Cpu, tier: Tier | None = None, *, emulate: bool = False) -> Unit:
     """The unit of one format for one tier (the machine's own by default). Pure.
 
-    ``emulate_amx`` replaces the tile instructions by plain C++: for tests on a machine without them.
+    ``emulate`` is for tests on a machine without the tier: plain C++ in place of the tile instructions (amx), AVX-512's
+    encoding of the same dot product (avx_vnni).
     """
     tier = tier or cpu.tier
-    if tier not in _TIER_FLAGS:
-        raise ValueError(f"there are no kernels for tier {tier}")
-    flags = list(_TIER_FLAGS[tier])
-    if tier != "amx" and "avx512_bf16" in cpu.isa:
-        flags.append("-mavx512bf16")
-    flags += [flag for name, flag in (("avx512vbmi", "-mavx512vbmi"), ("gfni", "-mgfni")) if name in cpu.isa]
-    if emulate_amx:
-        flags.append("-DQPASS_AMX_EMULATED")
+    flags = _tier_flags(cpu, tier)
+    if emulate:
+        flags.append(f"-DQPASS_{tier.upper()}_EMULATED")
         if "avx512_bf16" not in cpu.isa and "-mavx512bf16" in flags:
             flags.remove("-mavx512bf16")
-    group = f"g{format.group}" if format.group else "channel"
-    name = f"w{format.bits}-{group}-{format.rule}-f{8 * format.scale_bytes}-{tier}"
-    return Unit(name, _text(format, blocking(cpu)), (*COMMON_FLAGS, *flags), tuple(sorted(HEADERS.glob("*.h"))))
+    text = _text(format, blocking(cpu))
+    return Unit(f"{format.name}-{tier}", text, (*COMMON_FLAGS, *flags), tuple(sorted(HEADERS.glob("*.h"))))
+
+
+def extras(cpu: Cpu, tier: Tier) -> tuple[str, ...]:
+    """What the CPU has beyond the tier's needs and the kernels use."""
+    return tuple(name for name in _EXTRAS if name in cpu.isa) if tier in ("avx512_vnni", "amx") else ()
+
+
+def _tier_flags(cpu: Cpu, tier: Tier) -> list[str]:
+    if tier not in _TIER_FLAGS:
+        raise ValueError(f"there are no kernels for tier {tier}")
+    return list(dict.fromkeys((*_TIER_FLAGS[tier], *(_EXTRAS[name] for name in extras(cpu, tier)))))
+
+
+def rates_unit(cpu: Cpu) -> Unit:
+    """The unit that measures what this machine reaches at most."""
+    text, headers = (HEADERS / "rates.cpp").read_text(), tuple(sorted(HEADERS.glob("*.h")))
+    return Unit(f"rates-{cpu.tier}", text, (*COMMON_FLAGS, *_tier_flags(cpu, cpu.tier)), headers)
 
 
 def _text(format: KernelFormat, blocking: Blocking) -> str:
-    arguments = f"{format.bits}, {format.group or 0}, {_RULES[format.rule]}, {format.scale_bytes}"
+    rule = "QPASS_" + format.rule.upper().replace("-", "_")
     return (
         f"#define QPASS_TASK_ROWS {blocking.task_rows}\n"
         f"#define QPASS_PREFETCH_BYTES {blocking.prefetch_bytes}\n"
         f'#include "kernel.h"\n'
-        f"QPASS_DEFINE_KERNEL({format.number}, {arguments})\n"
+        f"QPASS_DEFINE_KERNEL({format.number}, {format.bits}, {format.group or 0}, {rule}, {format.scale_bytes})\n"
     )
 
 
@@ -84,4 +105,5 @@ def binding_unit(include: tuple[str, ...], library: tuple[str, ...]) -> Unit:
     )
     includes = tuple(f"-isystem{folder}" for folder in include)
     libraries = (*(f"-L{folder}" for folder in library), "-ltorch_cpu", "-lc10")
-    return Unit("binding", (HEADERS / "binding.cpp").read_text(), (*flags, *includes), (HEADERS / "abi.h",), libraries)
+    headers = (HEADERS / "abi.h", HEADERS / "binding.h")
+    return Unit("binding", (HEADERS / "binding.cpp").read_text(), (*flags, *includes), headers, libraries)

@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from qpass.cpu import Cpu
 from qpass.lowering.epilogue import emit_epilogue
+from qpass.lowering.prologue import emit_prologue
 from qpass.lowering.site import Site
 from qpass.qweight import QWeight
 
@@ -28,6 +29,8 @@ class Aten:
             )
         if format.group is None:
             return "serves int4 weights in groups only"
+        if format.group < 32:
+            return f"serves groups of 32 to 256, not {format.group}"
         if site.k % format.group:
             return f"needs K = {site.k} to be a multiple of the group {format.group}"
         if site.n % 16:
@@ -44,7 +47,7 @@ class Aten:
         return packed, torch.stack((weight.scales, additive), dim=-1).transpose(0, 1).to(torch.bfloat16).contiguous()
 
     def emit(self, graph: fx.Graph, node: fx.Node, packed: tuple[fx.Node, ...]) -> fx.Node:
-        x, (bits, group) = node.args[0], node.args[5:7]
+        x, (bits, group) = emit_prologue(graph, node), node.args[5:7]
         with graph.inserting_before(node):
             if bits == 8:
                 y = graph.call_function(int8_weight_only, (x, *packed))

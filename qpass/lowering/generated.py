@@ -1,18 +1,23 @@
-"""The kernels that qpass makes for this CPU: int4 and int8, any M, the epilogue inside."""
+"""The kernels that qpass makes for this CPU: codes of 2, 3, 4 and 8 bits, any M, prologue and epilogue inside."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
 from qpass.cpu import Cpu
 from qpass.errors import KernelError
-from qpass.kernels import load, plan
+from qpass.kernels import load, plan, tuning
 from qpass.kernels.build import find_compiler
+from qpass.kernels.format import KernelFormat
 from qpass.kernels.pack import pack, scale_bytes
-from qpass.kernels.plan import KernelFormat
+from qpass.kernels.rates import measured_rates
+from qpass.kernels.search import search
 from qpass.lowering.site import Site
 from qpass.ops.epilogue import activation_number
+from qpass.ops.norm import NORMS
 from qpass.ops.quantized_linear import bound_arguments
 from qpass.qweight import QWeight
 
@@ -27,7 +32,7 @@ class Generated:
         if weight is None:
             return "serves quantized weights only"
         if cpu.tier not in plan.SERVED:
-            return f"needs AVX-512 VNNI or AMX; this CPU is {cpu.name} with tier {cpu.tier}"
+            return f"needs AVX2 with FMA, F16C and BMI2, or better; this CPU is {cpu.name} with tier {cpu.tier}"
         if site.dtype not in DTYPES:
             return f"serves float32, bfloat16 and float16, not {str(site.dtype).removeprefix('torch.')}"
         try:
@@ -53,8 +58,22 @@ class Generated:
         load.ensure(format)
         operands = (args["x"], packed[0], args["bias"], args["mul"], args["residual"])
         numbers = (n, k, format.number, activation_number(args["activation"]), args["glu"])
+        prologue = {name: args[name] for name in ("norm_weight", "norm_bias", "norm_eps", "x_scale") if args[name]}
+        if args["norm"] != "none":
+            prologue["norm"] = NORMS.index(args["norm"])
         with graph.inserting_before(node):
-            return graph.call_function(torch.ops.qpass.packed_linear.default, (*operands, *numbers))
+            return graph.call_function(torch.ops.qpass.packed_linear.default, (*operands, *numbers), prologue)
+
+    def predict_ms(self, site: Site, m: int, packed: tuple[Tensor, ...], cpu: Cpu) -> float:
+        """What the performance model says of a call with M tokens; the first on a machine settles how it is walked."""
+        weight = site.scheme.weight
+        assert weight is not None
+        formats = [kernel_format(weight.bits, weight.group, site.scheme.activation, width) for width in (2, 4)]
+        format = next(f for f in formats if f.packed_bytes(site.n, site.k, site.glu) == packed[0].numel())
+        if not site.glu and not tuning.is_kept(format, cpu, cpu.tier):
+            search(packed[0], site.n, site.k, format, cpu)
+        rated = replace(cpu, rates=measured_rates())
+        return 1e3 * plan.plan(plan.Shape(m, site.n, site.k, site.glu), format, rated).seconds
 
 
 def kernel_format(bits: int, group: int | None, rule: str, scale_width: int) -> KernelFormat:

@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from qpass.cpu import Cpu
 from qpass.lowering.epilogue import emit_epilogue
+from qpass.lowering.prologue import emit_prologue
 from qpass.lowering.site import Site
 from qpass.qweight import QWeight
 
@@ -27,9 +28,9 @@ class OneDNN:
         return signed, weight.scales[:, 0].contiguous()
 
     def emit(self, graph: fx.Graph, node: fx.Node, packed: tuple[fx.Node, ...]) -> fx.Node:
-        weight, scales = packed
+        x = emit_prologue(graph, node)
         with graph.inserting_before(node):
-            y = graph.call_function(int8_linear, (node.args[0], weight, scales))
+            y = graph.call_function(int8_linear, (x, *packed))
         return emit_epilogue(graph, node, y)
 
 

@@ -10,7 +10,8 @@ from qpass.ops.linear import LIBRARY
 
 LIBRARY.define(
     "packed_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? mul, Tensor? residual,"
-    " SymInt n, SymInt k, int format, int activation, bool glu) -> Tensor"
+    " SymInt n, SymInt k, int format, int activation, bool glu, int norm=0, Tensor? norm_weight=None,"
+    " Tensor? norm_bias=None, float norm_eps=0.0, float? x_scale=None) -> Tensor"
 )
 
 
@@ -25,6 +26,11 @@ def _fake(
     format: int,
     activation: int,
     glu: bool,
+    norm: int = 0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+    x_scale: float | None = None,
 ) -> Tensor:
     """``x [..., K]`` -> [..., N], or [..., N/2] when ``glu``; x's dtype, contiguous."""
     torch._check(x.shape[-1] == k, lambda: f"packed_linear: x has {x.shape[-1]} inputs, the weight {k}")

@@ -9,29 +9,15 @@ from torch import Tensor, fx
 
 from qpass.ops.epilogue import apply_epilogue, check_activation, fake_output
 from qpass.ops.linear import LIBRARY
+from qpass.ops.prologue import apply_norm_of, check_x_scale, quantize_activation, quantize_by_scale
 from qpass.qweight import QWeight
 from qpass.scheme import Format
 
 LIBRARY.define(
     "quantized_linear(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor? bias, int bits, int group, str rule,"
-    " str activation='none', bool glu=False, Tensor? mul=None, Tensor? residual=None) -> Tensor"
+    " str activation='none', bool glu=False, Tensor? mul=None, Tensor? residual=None, str norm='none',"
+    " Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.0, float? x_scale=None) -> Tensor"
 )
-
-
-def quantize_activation(x: Tensor, group: int | None) -> tuple[Tensor, Tensor]:
-    """Dynamic symmetric int8: values [M, K] as fp32 integers in -127..127 and scales [M, K/G].
-
-    Each token (``group`` None: K inputs) or each group of a token is scaled by its own largest magnitude, so a row's
-    result depends on no other row. A group of zeros has scale 1.
-    """
-    m, k = x.shape
-    length = k if group is None else group
-    padded = torch.nn.functional.pad(x.float(), (0, -k % length)).view(m, -1, length)
-    amax = padded.abs().amax(dim=2)
-    amax = torch.where(amax > 0, amax, torch.full_like(amax, 127.0))
-    inverse = torch.full_like(amax, 127.0) / amax  # `127.0 / amax` would be a rounded reciprocal times 127
-    values = (padded * inverse[..., None]).round().clamp_(-127, 127)
-    return values.view(m, -1)[:, :k], amax / 127.0
 
 
 def _quantized_linear(
@@ -47,27 +33,36 @@ def _quantized_linear(
     glu: bool = False,
     mul: Tensor | None = None,
     residual: Tensor | None = None,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+    x_scale: float | None = None,
 ) -> Tensor:
     """``x [..., K]``, a QWeight [N, K] by its tensors (``group`` 0: per channel), ``bias`` [N]; out [..., N] in x's dtype.
 
-    ``rule`` is the scheme's activation: a16 multiplies x as it is, a8-token and a8-token-group quantize it first.
+    ``rule`` is the scheme's activation: a16 multiplies x as it is; a8-token, a8-token-group and a8-static (by ``x_scale``)
+    quantize it first. With a ``norm`` (over K, by fp32 ``norm_weight`` and ``norm_bias`` [K]) the rows of x are normalized
+    in fp32 before either: rounded once to x's dtype for a16, not at all for a8.
     """
     check_activation(activation)
+    check_x_scale(rule, x_scale)
     weight = QWeight(codes, scales, zeros, Format(bits, group or None)).dequantize()
+    dtype, x = x.dtype, apply_norm_of(x, rule, norm, norm_weight, norm_bias, norm_eps)
     rows = x.reshape(-1, x.shape[-1]).float()
     if rule != "a16":
-        values, act_scales = quantize_activation(rows, group if rule == "a8-token-group" else None)
-        length = rows.shape[1] if act_scales.shape[1] == 1 else group
+        length = group if rule == "a8-token-group" and group else rows.shape[1]
+        values, act_scales = quantize_activation(rows, length) if x_scale is None else quantize_by_scale(rows, x_scale)
         rows = values * act_scales.repeat_interleave(length, dim=1)[:, : rows.shape[1]]
     y = rows @ weight.t()
     if bias is not None:
         y = y + bias.float()
     y = y.view(*x.shape[:-1], codes.shape[0])
-    return apply_epilogue(y, activation, glu, mul, residual).to(x.dtype)
+    return apply_epilogue(y, activation, glu, mul, residual).to(dtype)
 
 
-def _fake(x, codes, scales, zeros, bias, bits, group, rule, activation="none", glu=False, mul=None, residual=None):  # type: ignore[no-untyped-def]
-    return fake_output(x, codes.shape[0], glu)
+def _fake(x, codes, *args, glu=False, **kwargs):  # type: ignore[no-untyped-def]
+    return fake_output(x, codes.shape[0], args[7] if len(args) > 7 else glu)
 
 
 LIBRARY.impl("quantized_linear", _quantized_linear, "CompositeExplicitAutograd")

@@ -8,17 +8,21 @@ import qpass.ops  # noqa: F401  registers the vocabulary that the passes speak
 from qpass.passes.canonicalize import canonicalize
 from qpass.passes.context import Context
 from qpass.passes.fuse_epilogues import fuse_epilogues
+from qpass.passes.fuse_norms import fuse_norms
 from qpass.passes.lower import lower
 from qpass.passes.merge_siblings import merge_siblings
 from qpass.passes.quantize_linears import quantize_linears
 from qpass.passes.runner import Pass, run
+from qpass.passes.share_embeddings import share_embeddings
 
 PIPELINE: tuple[Pass, ...] = (
     canonicalize,  # one spelling a meaning: what follows matches one form
     merge_siblings,  # q|k|v and gate|up read their input once, in one call
-    quantize_linears,  # codes in place of weights: the only pass that changes the numbers
+    quantize_linears,  # codes in place of weights: the only pass that changes what linears compute
+    fuse_norms,  # a norm is computed as the one linear behind it reads its input
     fuse_epilogues,  # what follows a linear point by point runs before its output is rounded
     lower,  # each site to the first lowering that takes it
+    share_embeddings,  # a tied table is stored once: the embedding reads rows of the head's packed weight
 )
 
 

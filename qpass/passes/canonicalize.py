@@ -8,12 +8,13 @@ from qpass.passes.activations import spell_call, spell_formula
 from qpass.passes.context import Context
 from qpass.passes.linears import absorb_bias, note_experts, note_nested, spell_linear, unflatten_rows
 from qpass.passes.names import Names
+from qpass.passes.norms import spell_norm_call, spell_norm_formulas
 from qpass.passes.spellings import Owners, drop_noops, functionalize, spell_arithmetic
 from qpass.passes.values import Writes
 
 
 def canonicalize(graph: fx.Graph, ctx: Context) -> int:
-    """Respell linears, activations, additions and products; drop what does nothing. Returns how many nodes changed.
+    """Respell linears, activations, norms, additions and products; drop what does nothing. Returns how many nodes changed.
 
     Every linear over a 2-D Parameter becomes ``qpass.linear``, or its name stands in ``ctx.left`` with the reason.
     """
@@ -33,4 +34,6 @@ def canonicalize(graph: fx.Graph, ctx: Context) -> int:
 
     # Formulas go last and backwards: a formula is recognized by its last node, and the inner nodes of it are erased.
     count += sum(spell_formula(node, writes) for node in reversed(list(graph.nodes)) if not node._erased)
+    count += sum(spell_norm_call(node, ctx, writes) for node in graph.nodes)
+    count += spell_norm_formulas(graph, ctx, writes)
     return count

@@ -27,6 +27,10 @@ class SiteRecord:
     bytes_before: int = 0
     bytes_after: int = 0
     notes: tuple[str, ...] = ()  # refusals, and why a linear was left
+    m: int = 0  # tokens that the times below are for; 0 where nothing was timed
+    predicted_ms: float | None = None  # by the performance model
+    measured_ms: float | None = None
+    dense_ms: float | None = None  # of the same layer as it was
 
 
 @dataclass
@@ -42,6 +46,7 @@ class Context:
     )  # raises for a module pattern that matches none of them
     materialize: bool = False  # real codes in the graph, so that it can be run between passes
     lowering: str | None = None  # the only lowering to use, where the user named one
+    insist: bool = False  # quantize even where the layer as it was is faster
     records: list[SiteRecord] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)  # parameter or module name -> why it was left as it is
     quantized: dict[str, Tensor] = field(default_factory=dict)  # weight name -> the Parameter that codes replaced

@@ -6,9 +6,14 @@ import torch
 from torch import fx
 
 from qpass.lowering import choose
+from qpass.lowering.dense import emit_dense
+from qpass.lowering.measured import time_site, tokens_of
 from qpass.lowering.site import Site
+from qpass.ops.norm import apply_norm
 from qpass.passes.attributes import attach, detach_unused
 from qpass.passes.context import Context, SiteRecord
+from qpass.passes.norms import NORM
+from qpass.passes.values import tensor_of
 
 
 def lower(graph: fx.Graph, ctx: Context) -> int:
@@ -19,6 +24,8 @@ def lower(graph: fx.Graph, ctx: Context) -> int:
         _lower_site(graph, node, ctx)
     for node in list(graph.find_nodes(op="call_function", target=torch.ops.qpass.linear.default)):
         _leave(graph, node, ctx)
+    for node in graph.find_nodes(op="call_function", target=NORM):
+        node.target = apply_norm  # plain torch, for Inductor
     detach_unused(graph)
     return len(sites)
 
@@ -30,25 +37,39 @@ def _lower_site(graph: fx.Graph, node: fx.Node, ctx: Context) -> None:
     site = Site(names, n, k, scheme, refs[0].parameter.dtype, glu)
     lowering, refusals = choose(site, ctx.cpu, ctx.lowering)
     packed = ctx.weights.packed(refs, scheme.weight, lowering, glu=glu)
-    with graph.inserting_before(node):
-        attributes = tuple(attach(graph, "qpass_packed", tensor) for tensor in packed)
-    new = lowering.emit(graph, node, attributes)
-    ctx.quantized.update((f"{name}.weight", ref.parameter) for name, ref in zip(names, refs, strict=True))
+    m = tokens_of(tensor_of(node.args[0]))
+    readable = not any(ctx.weights.is_released(ref.parameter) for ref in refs)
+    timing = time_site(site, m, lowering, packed, refs if readable else None, ctx.cpu)
+    inputs = {id(ctx.parameters[p.name]): p for p in graph.find_nodes(op="placeholder") if p.name in ctx.parameters}
+    stays = timing is not None and timing.loses and not ctx.insist and all(id(r.parameter) in inputs for r in refs)
+    if stays:
+        new = emit_dense(graph, node, [(inputs[id(ref.parameter)], ref.transposed) for ref in refs])
+        refusals = (*refusals, f"{lowering.name}: slower than the layer as it is ({timing})")
+    else:
+        with graph.inserting_before(node):
+            attributes = tuple(attach(graph, "qpass_packed", tensor) for tensor in packed)
+        new = lowering.emit(graph, node, attributes)
+        ctx.quantized.update((f"{name}.weight", ref.parameter) for name, ref in zip(names, refs, strict=True))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+    before = sum(ref.parameter.numel() * ref.parameter.element_size() for ref in refs)
     ctx.records.append(
         SiteRecord(
             names=names,
             name=site.name,
             n=n,
             k=k,
-            scheme=scheme.name,
-            lowering=lowering.name,
+            scheme="w16a16" if stays else scheme.name,
+            lowering="inductor" if stays else lowering.name,
             fused=node.meta.get("qpass_fused", ()),
-            bytes_before=sum(ref.parameter.numel() * ref.parameter.element_size() for ref in refs),
-            bytes_after=sum(tensor.numel() * tensor.element_size() for tensor in packed),
+            bytes_before=before,
+            bytes_after=before if stays else sum(tensor.numel() * tensor.element_size() for tensor in packed),
             notes=refusals,
+            m=timing.m if timing else 0,
+            predicted_ms=timing.predicted_ms if timing else None,
+            measured_ms=timing.ms if timing else None,
+            dense_ms=timing.dense_ms if timing else None,
         )
     )
 

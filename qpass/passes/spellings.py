@@ -125,6 +125,8 @@ def _is_noop(node: fx.Node, x: fx.Node) -> bool:
         probability = argument(node, 1, "p", 0.5)
         return not training or (isinstance(probability, int | float) and probability == 0)
     before, after = tensor_of(x), tensor_of(node)
+    if _slices(node) and before is not None and after is not None:
+        return same_sizes(before.shape, after.shape)
     if (node.op != "call_method" and node.target not in _RESHAPES) or before is None or after is None:
         return False
     if node.target == "contiguous":
@@ -139,6 +141,14 @@ def _is_noop(node: fx.Node, x: fx.Node) -> bool:
     if node.target in _RESHAPES:
         return before.dtype == after.dtype and same_sizes(before.shape, after.shape)
     return False
+
+
+def _slices(node: fx.Node) -> bool:
+    """``x[:, 0:, :]``: nothing but slices in steps of one, so that what keeps its sizes is what it was."""
+    if node.op != "call_function" or node.target is not operator.getitem:
+        return False
+    key = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return all(part is Ellipsis or (isinstance(part, slice) and part.step in (None, 1)) for part in key)
 
 
 def _two_operands(node: fx.Node) -> tuple[Any, Any] | None:

@@ -12,20 +12,31 @@ from qpass.passes.activations import activation_of, spells_activation
 from qpass.passes.context import Context
 from qpass.passes.linears import is_unspelled
 from qpass.passes.names import Names
+from qpass.passes.norms import norm_of_call
 from qpass.passes.spellings import spells_arithmetic
-from qpass.passes.values import VALUE, tensor_of
+from qpass.passes.values import VALUE, Writes, tensor_of
 
 LINEAR = torch.ops.qpass.linear.default
 QUANTIZED = torch.ops.qpass.quantized_linear.default
+_REQUIRED = 8  # arguments of quantized_linear: x, the weight, the bias, the format
 
 ALLOWED: dict[str, frozenset[str]] = {
-    "canonicalize": frozenset({"linear"}),
-    "merge_siblings": frozenset({"linear"}),
-    "quantize_linears": frozenset({"linear", "quantized_linear"}),
-    "fuse_epilogues": frozenset({"linear", "quantized_linear"}),
+    "canonicalize": frozenset({"linear", "norm"}),
+    "merge_siblings": frozenset({"linear", "norm"}),
+    "quantize_linears": frozenset({"linear", "norm", "quantized_linear"}),
+    "fuse_norms": frozenset({"linear", "norm", "quantized_linear"}),
+    "fuse_epilogues": frozenset({"linear", "norm", "quantized_linear"}),
     "lower": frozenset({"quantized_linear", "packed_linear"}),
+    "share_embeddings": frozenset({"quantized_linear", "packed_linear", "packed_embedding"}),
 }
 """By pass: the ops of ``torch.ops.qpass`` that may stand behind it. A pass that is not named here is not checked."""
+
+_NORM_ARGUMENTS = frozenset({"norm", "norm_weight", "norm_bias", "norm_eps"})
+_FUSED_SO_FAR: dict[str, frozenset[str]] = {
+    "quantize_linears": frozenset({"x_scale"}),
+    "fuse_norms": frozenset({"x_scale"}) | _NORM_ARGUMENTS,
+}
+"""What a quantized_linear may say behind a pass, beside its weight: epilogues come with fuse_epilogues."""
 
 
 def check(stage: str, graph: fx.Graph, ctx: Context) -> list[str]:
@@ -41,15 +52,21 @@ def check(stage: str, graph: fx.Graph, ctx: Context) -> list[str]:
     complaints += _check_linears(graph)
     if stage == "canonicalize":
         complaints += _check_spellings(graph, ctx)
-    if stage == "quantize_linears":
+    if stage in _FUSED_SO_FAR:
         complaints += [
-            f"{node.name}: an epilogue before fuse_epilogues"
+            f"{node.name}: {', '.join(early)} in a quantized_linear after {stage}"
             for node in graph.find_nodes(op="call_function", target=QUANTIZED)
-            if node.kwargs or len(node.args) > 8
+            if (early := sorted(set(_named(node)) - _FUSED_SO_FAR[stage]))
         ]
     if stage == "lower":
         complaints += _check_lowered(graph)
     return complaints
+
+
+def _named(node: fx.Node) -> list[str]:
+    """The names of the optional arguments that a quantized_linear is given."""
+    names = [argument.name for argument in QUANTIZED._schema.arguments]
+    return [*names[_REQUIRED : len(node.args)], *node.kwargs]
 
 
 def _qpass_op(node: fx.Node) -> str | None:
@@ -76,10 +93,13 @@ def _check_linears(graph: fx.Graph) -> Iterator[str]:
 
 
 def _check_spellings(graph: fx.Graph, ctx: Context) -> Iterator[str]:
-    names = Names(graph, ctx.parameters)
+    names, writes = Names(graph, ctx.parameters), Writes(graph)
     for node in graph.nodes:
         if spells_arithmetic(node) or (spells_activation(node) and activation_of(node) is None):
             yield f"{node.name}: {node.target} has another spelling"
+        norm = norm_of_call(node, ctx)
+        if norm is not None and not writes.touch(node, norm.x, norm.weight, norm.bias):
+            yield f"{node.name}: {node.target} is a norm in another spelling"
         weight = is_unspelled(node, ctx)
         if weight is not None and names.linear(node, weight) not in ctx.left:
             yield f"{node.name}: a linear over {names.parameter(weight)} that is neither qpass.linear nor accounted for"

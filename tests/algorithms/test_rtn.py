@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qpass.algorithms.rtn import rtn
-from qpass.scheme import Format
+from qpass.scheme import BITS, GROUPS, Format
 
-FORMATS = [Format(bits, group, sym) for bits in (4, 8) for group in (None, 32, 64, 128) for sym in (True, False)]
+FORMATS = [Format(bits, group, sym) for bits in BITS for group in (None, *GROUPS) for sym in (True, False)]
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import qpass
+from qpass.cpu import detect
 from qpass.errors import OptionError, QpassError, ReleasedWeightError, SchemeError, UnsupportedError
+from qpass.kernels.plan import SERVED
 
 
 class Block(nn.Module):
@@ -173,24 +175,37 @@ class TestRelease:
         assert net.head.weight.shape == (96, 64)
         assert "head.weight" in repr(net.head.weight)
 
-    def test_tied_embedding_stays(self) -> None:
-        class Tied(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.embed = nn.Embedding(96, 64)
-                self.mix = nn.Linear(64, 64)
-                self.lm_head = nn.Linear(64, 96, bias=False)
-                self.lm_head.weight = self.embed.weight
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(96, 64)
+            self.mix = nn.Linear(64, 64)
+            self.lm_head = nn.Linear(64, 96, bias=False)
+            self.lm_head.weight = self.embed.weight
 
-            def forward(self, ids: torch.Tensor) -> torch.Tensor:
-                return self.lm_head(self.mix(self.embed(ids)))
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.lm_head(self.mix(self.embed(ids)))
 
-        net, ids = Tied().eval(), torch.arange(5)
+    @pytest.mark.skipif(detect().tier not in SERVED, reason="needs AVX2")
+    def test_tied_embedding_goes_with_its_head(self) -> None:
+        net, ids = self.Tied().eval(), torch.arange(5)
         expected = net(ids)
         fast = qpass.compile(net, scheme="w4a16-g32", release_weights=True, fullgraph=True)
-        assert relative_error(fast(ids), expected) < 0.2
+        first = fast(ids)
+        assert relative_error(first, expected) < 0.2
         records = {r.name: r for r in qpass.explain(fast).records}
-        assert records["lm_head"].scheme == "w8a16"  # a head keeps eight bits
+        assert records["lm_head"].scheme == records["embed"].scheme == "w8a16"  # a head keeps eight bits
+        assert records["embed"].notes == ("shares the table of lm_head",)
+        with pytest.raises(ReleasedWeightError, match=r"lm_head\.weight"):
+            net.embed(ids)
+        assert torch.allclose(fast(ids[:3]), first[:3], atol=1e-5)  # another length is another graph
+
+    def test_tied_embedding_stays_where_it_is_read(self) -> None:
+        """A head of four bits shares no table with its embedding."""
+        net, ids = self.Tied().eval(), torch.arange(5)
+        expected = net(ids)
+        fast = qpass.compile(net, scheme={"*": "w4a16-g32", "lm_head": "w4a16-g32"}, release_weights=True)
+        assert relative_error(fast(ids), expected) < 0.3
         assert torch.equal(net.embed(ids), net.embed.weight[ids])  # still readable
         with pytest.raises(ReleasedWeightError, match=r"mix\.weight"):
             net.mix(expected[:, :64])
@@ -206,8 +221,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "error", "words"),
         [
-            ({"scheme": "w5a16"}, SchemeError, ["w5a16", "w4a16-g<32|64|128>"]),
-            ({"scheme": "w4a16-g48"}, SchemeError, ["48", "32, 64, 128"]),
+            ({"scheme": "w5a16"}, SchemeError, ["w5a16", "-g<16|32|64|128>"]),
+            ({"scheme": "w4a16-g48"}, SchemeError, ["48", "16, 32, 64, 128"]),
             ({"scheme": 4}, SchemeError, ["int"]),
             ({"scheme": {"nothing.*": "w8a16"}}, OptionError, ["nothing.*", "blocks.0.down"]),
             ({"exclude": ["lm_head"]}, OptionError, ["lm_head", "head"]),

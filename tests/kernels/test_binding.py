@@ -8,9 +8,9 @@ import pytest
 import torch
 from kernel_cases import SERVES, Weight, name_of, product, run, sqnr_db, use
 
-from qpass.kernels.plan import KernelFormat
+from qpass.kernels.format import KernelFormat
 
-pytestmark = pytest.mark.skipif(not SERVES, reason="needs AVX-512 VNNI")
+pytestmark = pytest.mark.skipif(not SERVES, reason="needs AVX2")
 
 FORMAT = KernelFormat(4, 64, "a16", 2)
 A8 = KernelFormat(8, None, "a8-token", 4)
@@ -124,6 +124,20 @@ def call(weight: Weight, **changes: object) -> torch.Tensor:
         ({"mul": torch.zeros(2, 70).half()}, "mul must have x's dtype"),
         ({"residual": torch.zeros(2, 2, 70)}, "residual has shape"),
         ({"glu": True, "n": 71}, "must be even"),
+        ({"norm": 3}, "unknown norm 3; accepted: 0, 1, 2"),
+        ({"norm": -1}, "unknown norm"),
+        ({"norm": 1 << 40}, "unknown norm"),
+        ({"norm_weight": torch.ones(100)}, "those of a norm, and norm is 0"),
+        ({"norm_bias": torch.ones(100)}, "those of a norm, and norm is 0"),
+        ({"norm": 1, "norm_weight": torch.ones(99)}, "norm_weight has 99 elements, the weight 100 inputs"),
+        ({"norm": 1, "norm_weight": torch.ones(100).bfloat16()}, "norm_weight must be .* float32"),
+        ({"norm": 2, "norm_weight": torch.ones(100, 1)}, "one-dimensional"),
+        ({"norm": 2, "norm_bias": torch.ones(70)}, "norm_bias has 70 elements, the weight 100 inputs"),
+        ({"norm": 2, "norm_bias": torch.ones(200)[::2]}, "norm_bias must be a contiguous"),
+        ({"norm": 1, "norm_eps": -1e-6}, "norm_eps must be finite and not negative"),
+        ({"norm": 1, "norm_eps": float("nan")}, "norm_eps must be finite"),
+        ({"norm": 1, "norm_eps": 1e300}, "norm_eps must be finite"),
+        ({"x_scale": 0.1}, "takes no x_scale"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:30],
 )

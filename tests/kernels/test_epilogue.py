@@ -9,7 +9,7 @@ from kernel_cases import BARS, SERVES, Weight, name_of, product, run, sqnr_db, u
 from qpass.kernels.plan import ACTIVATIONS, KernelFormat
 from qpass.ops.epilogue import ACTIVATIONS as MEANING
 
-pytestmark = pytest.mark.skipif(not SERVES, reason="needs AVX-512 VNNI")
+pytestmark = pytest.mark.skipif(not SERVES, reason="needs AVX2")
 
 FORMATS = [
     KernelFormat(4, 64, "a16", 2),

@@ -60,6 +60,8 @@ def check_counts(family, counts, records, left):
     assert counts["quantize_linears"] == counts["lower"] == len(records) == expected.sites
     assert sum(len(record.names) for record in records) == expected.all_linears
     assert dict(Counter(part for record in records for part in record.fused)) == expected.fused_parts
+    norms = sum(count for part, count in expected.fused_parts.items() if part.endswith("norm"))
+    assert counts["fuse_norms"] == norms
     sizes = Counter(len(record.names) for record in records if len(record.names) > 1)
     assert sizes == Counter({size: LAYERS * n for size, n in Counter(expected.merged).items()})
     outside = [record.name for record in records if not any(char.isdigit() for char in record.name)]

@@ -8,6 +8,7 @@ import torch
 import qpass.ops  # noqa: F401
 from qpass.algorithms.rtn import rtn
 from qpass.scheme import Scheme
+from tests.support.tolerance import sqnr_db
 
 
 def run(
@@ -67,3 +68,56 @@ def test_zeros_and_unknown_activation() -> None:
     assert bool((run(torch.zeros(2, 64), torch.randn(8, 64), scheme) == 0).all())
     with pytest.raises(ValueError, match="unknown activation 'swish'; accepted: none, relu"):
         run(torch.zeros(2, 64), torch.randn(8, 64), scheme, activation="swish")
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_in_front(norm: str, dtype: torch.dtype) -> None:
+    """a16 multiplies the normalized row rounded once to x's dtype; a8 quantizes it unrounded."""
+    torch.manual_seed(0)
+    x, weight, scale, shift = (
+        (4 * torch.randn(3, 64) + 1).to(dtype),
+        torch.randn(32, 64),
+        torch.rand(64),
+        torch.randn(64),
+    )
+    rows = x.float() - (x.float().mean(-1, keepdim=True) if norm == "layer" else 0)
+    rows = rows / (rows.square().mean(-1, keepdim=True) + 1e-5).sqrt() * scale + shift
+    prologue = {"norm": norm, "norm_weight": scale, "norm_bias": shift, "norm_eps": 1e-5}
+    for name in ("w8a16", "w4a8-g32"):
+        scheme = Scheme.parse(name)
+        y = run(x, weight, scheme, **prologue)
+        assert y.dtype == dtype
+        if name == "w8a16":
+            expected = run(rows.to(dtype), weight, scheme)
+            assert sqnr_db(expected, y) > (110 if dtype == torch.float32 else 40)
+        else:
+            expected = run(rows, weight, scheme)
+            # An int8 value on a tie may fall on either side, one step of 127 in some of 64 inputs; bf16 output rounds.
+            assert sqnr_db(expected, y) > 40
+    with pytest.raises(ValueError, match="unknown norm 'batch'; accepted: none, rms, layer"):
+        run(x, weight, scheme, norm="batch")
+
+
+def test_static_activations() -> None:
+    torch.manual_seed(0)
+    x, scheme = torch.randn(5, 64), Scheme.parse("w8a8-dynamic")
+    assert scheme.weight is not None
+    q = rtn(torch.randn(32, 64), scheme.weight)
+
+    def static(x: torch.Tensor, rule: str = "a8-static", **arguments: object) -> torch.Tensor:
+        return torch.ops.qpass.quantized_linear(x, q.codes, q.scales, q.zeros, None, 8, 0, rule, **arguments)
+
+    values = (x.double() / 0.02).round().clamp(-127, 127) * 0.02
+    assert bool((x.abs() > 0.02 * 127).any())  # some are clamped
+    assert torch.allclose(static(x, x_scale=0.02).double(), values @ q.dequantize().double().t(), atol=1e-4)
+    assert torch.allclose(static(x, x_scale=0.02)[:1], static(x[:1], x_scale=0.02), atol=1e-5)
+    for rule, scale, message in (
+        ("a8-static", None, "takes one x_scale"),
+        ("a16", 0.1, "takes no x_scale"),
+        ("a8-static", 0.0, "positive and finite"),
+        ("a8-static", float("inf"), "positive and finite"),
+        ("a8-static", float("nan"), "positive and finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            static(x, rule, x_scale=scale)

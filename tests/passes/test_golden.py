@@ -22,21 +22,22 @@ STAGES = ["capture", *(step.__name__ for step in PIPELINE)]
 
 @pytest.fixture(scope="module")
 def texts():
-    layer = build("llama").model.layers[0].mlp
-    attention = build("llama").model.layers[0].self_attn
+    layer = build("llama").model.layers[0]
 
     class Block(nn.Module):
-        """The linears of a Llama layer, without what lies between them: norms, rotary, attention."""
+        """The norms and linears of a Llama layer, without what lies between them: rotary and attention."""
 
         def __init__(self):
             super().__init__()
-            self.self_attn, self.mlp = attention, layer
+            self.self_attn, self.mlp = layer.self_attn, layer.mlp
+            self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
 
         def forward(self, x):
-            q, k, v = self.self_attn.q_proj(x), self.self_attn.k_proj(x), self.self_attn.v_proj(x)
+            y = self.input_layernorm(x)
+            q, k, v = self.self_attn.q_proj(y), self.self_attn.k_proj(y), self.self_attn.v_proj(y)
             k, v = (t.view(2, 9, 2, 16).repeat_interleave(2, dim=2).view(2, 9, 64) for t in (k, v))
             x = x + self.self_attn.o_proj(torch.sigmoid(q) * k + v)
-            return x + self.mlp(x)
+            return x + self.mlp(self.post_attention_layernorm(x))
 
     captured = capture(Block(), torch.randn(2, 9, 64, dtype=torch.bfloat16))
     ctx = context(captured, "w4a16-g32", materialize=False, lowering="reference")

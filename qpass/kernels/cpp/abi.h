@@ -4,12 +4,19 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QPASS_ABI 2
+#define QPASS_ABI 3
 
 enum QpassDtype { QPASS_F32 = 0, QPASS_BF16 = 1, QPASS_F16 = 2 };
 enum QpassActivation { QPASS_NONE = 0, QPASS_RELU = 1, QPASS_GELU = 2, QPASS_GELU_TANH = 3, QPASS_SILU = 4 };
 enum QpassRule { QPASS_A16 = 0, QPASS_A8_TOKEN = 1, QPASS_A8_TOKEN_GROUP = 2, QPASS_A8_STATIC = 3 };
 enum QpassNorm { QPASS_NO_NORM = 0, QPASS_RMS_NORM = 1, QPASS_LAYER_NORM = 2 };
+
+// From how many rows on a call is walked how; the bits of a result don't depend on it. kernels/plan.py chooses.
+struct QpassTuning {
+  int32_t linear_rows;  // up to these: weights in the order they lie in
+  int32_t panel_rows;   // from these: codes are unpacked once for all rows
+  int32_t tile_rows;    // from these tokens: AMX, where the unit has it
+};
 
 // One call of packed_linear: y[m][n] = epilogue(norm(x)[m][k] * W). Strides are elements between rows; columns are dense.
 struct QpassCall {
@@ -35,16 +42,19 @@ struct QpassCall {
   int64_t y_stride;
   uint8_t* prepared;      // activations in the kernel's own form, 64-byte aligned, prepared_bytes() long
   int64_t rows_per_task;  // set by partition()
+  struct QpassTuning tuning;
 };
 
 // What a kernel unit offers for one format. All functions are reentrant and throw nothing.
 struct QpassKernel {
   int32_t abi;
   int32_t format;
+  int32_t rule;
   int64_t (*packed_bytes)(int64_t n, int64_t k, int32_t glu);
   int64_t (*prepared_bytes)(const QpassCall* call);
   void (*prepare)(const QpassCall* call, int64_t row_begin, int64_t row_end);
   int64_t (*partition)(QpassCall* call);            // chooses rows_per_task, returns the number of independent tasks
   int64_t (*scratch_bytes)(const QpassCall* call);  // for each thread, 64-byte aligned
   void (*run)(const QpassCall* call, void* scratch, int64_t task_begin, int64_t task_end);
+  void (*gather)(const uint8_t* packed, int64_t n, int64_t k, int32_t glu, int64_t row, float* out);  // k floats
 };

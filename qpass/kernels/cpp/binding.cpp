@@ -1,97 +1,17 @@
 // torch's only view of the kernels: checks everything it is given, lends memory and threads, calls through the C table.
 // Stable ABI: one build serves every Python and every torch from 2.13 on.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
+#include "binding.h"
 
-#include <atomic>
-#include <cstdlib>
-#include <limits>
-#include <memory>
-#include <optional>
-#include <string>
-#include <vector>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
-#include "abi.h"
+#include <cmath>
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+namespace linear {
 
-constexpr int kFormats = 256;
-std::atomic<const QpassKernel*> kernels[kFormats];
-
-#define CHECK(condition, ...) STD_TORCH_CHECK(condition, "packed_linear: ", __VA_ARGS__)
-
-std::string shape_of(const Tensor& t) {
-  std::string s = "[";
-  for (int64_t d = 0; d < t.dim(); d++) s += (d ? ", " : "") + std::to_string(t.size(d));
-  return s + "]";
-}
-
-// Grows and is kept: a decode step calls 200 times with the same few sizes. Large requests are given back after the
-// call.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { free(data_); }
-  void* get(int64_t bytes) {
-    if (bytes > size_) {
-      free(data_);
-      size_ = 0;
-      data_ = aligned_alloc(64, size_t((bytes + 4095) / 4096 * 4096));
-      if (data_) size_ = bytes;
-    }
-    return data_;
-  }
-  void trim() {
-    if (size_ <= kKeep) return;
-    free(data_);
-    data_ = nullptr;
-    size_ = 0;
-  }
-
- private:
-  static constexpr int64_t kKeep = 32 << 20;
-  void* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
-thread_local Scratch activations;  // of the calling thread, read by the workers
-thread_local Scratch worker;       // of each thread that runs tasks
-
-// A tensor as rows: elements between rows, if its leading dimensions collapse into one and its last is dense.
-std::optional<int64_t> row_stride(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  if (t.size(last) > 1 && t.stride(last) != 1) return std::nullopt;
-  int64_t stride = -1, expected = -1;
-  for (int64_t d = last - 1; d >= 0; d--) {
-    if (t.size(d) == 1) continue;
-    if (stride < 0) stride = t.stride(d);
-    else if (t.stride(d) != expected) return std::nullopt;
-    expected = t.stride(d) * t.size(d);
-  }
-  if (stride < 0) return t.size(last);
-  if (stride < t.size(last) && stride != 0) return std::nullopt;
-  return stride;
-}
-
-int32_t dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return QPASS_F32;
-    case ScalarType::BFloat16:
-      return QPASS_BF16;
-    case ScalarType::Half:
-      return QPASS_F16;
-    default:
-      return -1;
-  }
-}
+constexpr const char* op = "packed_linear";
 
 // An operand of the output's shape; keeps the contiguous copy alive in `copy` where one is needed.
 const void* operand(const char* name, const std::optional<Tensor>& given, const Tensor& y, std::optional<Tensor>& copy,
@@ -114,6 +34,7 @@ const void* operand(const char* name, const std::optional<Tensor>& given, const 
 
 void run(QpassCall& call, const QpassKernel& kernel) {
   call.threads = int32_t(torch::stable::get_num_threads());
+  call.tuning = *tunings[kernel.format].load(std::memory_order_acquire);
   const int64_t prepared = kernel.prepared_bytes(&call);
   call.prepared = static_cast<uint8_t*>(activations.get(prepared));
   CHECK(call.prepared != nullptr, "out of memory for ", prepared, " bytes of activations");
@@ -134,29 +55,38 @@ void run(QpassCall& call, const QpassKernel& kernel) {
   CHECK(!failed, "out of memory for ", bytes, " bytes of scratch");
 }
 
+// RMSNorm or LayerNorm of each row of x before it is multiplied.
+void set_norm(QpassCall& call, int64_t norm, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+              double eps) {
+  CHECK(norm >= QPASS_NO_NORM && norm <= QPASS_LAYER_NORM, "unknown norm ", norm, "; accepted: 0, 1, 2");
+  CHECK(norm != QPASS_NO_NORM || (!weight && !bias), "norm_weight and norm_bias are those of a norm, and norm is 0");
+  CHECK(std::isfinite(float(eps)) && eps >= 0, "norm_eps must be finite and not negative, not ", eps);
+  call.norm = int32_t(norm);
+  call.norm_weight = vector_of(op, "norm_weight", weight, call.k, "inputs");
+  call.norm_bias = vector_of(op, "norm_bias", bias, call.k, "inputs");
+  call.norm_eps = float(eps);
+}
+
+// The one scale of statically quantized activations.
+void set_x_scale(QpassCall& call, const QpassKernel& kernel, std::optional<double> scale) {
+  const bool is_static = kernel.rule == QPASS_A8_STATIC;
+  CHECK(is_static == scale.has_value(), "format ", kernel.format, is_static ? " needs an x_scale" : " takes no x_scale");
+  if (!scale) return;
+  call.x_scale = float(*scale);
+  CHECK(std::isfinite(call.x_scale) && std::isfinite(1 / call.x_scale) && call.x_scale > 0,
+        "x_scale must be positive and finite, not ", *scale);
+}
+
 Tensor packed_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::optional<Tensor> mul,
-                     std::optional<Tensor> residual, int64_t n, int64_t k, int64_t format, int64_t activation,
-                     bool glu) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  CHECK(x.is_cpu() && packed.is_cpu(), "x and packed must be on the CPU");
+                     std::optional<Tensor> residual, int64_t n, int64_t k, int64_t format, int64_t activation, bool glu,
+                     int64_t norm, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double norm_eps,
+                     std::optional<double> x_scale) {
+  CHECK(x.is_cpu(), "x must be on the CPU");
   const int32_t dtype = dtype_of(x);
   CHECK(dtype >= 0, "x must be float32, bfloat16 or float16");
-  CHECK(n >= 1 && k >= 1 && n < kMost && k < kMost, "n and k must be positive, not ", n, " and ", k);
-  CHECK(!glu || n % 2 == 0, "a gated weight stacks two halves, so n = ", n, " must be even");
   CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "x has shape ", shape_of(x), ", the weight ", k, " inputs");
   CHECK(activation >= QPASS_NONE && activation <= QPASS_SILU, "unknown activation ", activation);
-  const QpassKernel* kernel =
-      format >= 0 && format < kFormats ? kernels[format].load(std::memory_order_acquire) : nullptr;
-  CHECK(kernel != nullptr, "no kernel is loaded for format ", format, " (qpass.kernels.load.ensure loads one)");
-  CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(),
-        "packed must be a contiguous one-dimensional uint8 tensor");
-  const int64_t needed = kernel->packed_bytes(n, k, glu);
-  CHECK(packed.numel() == needed, "packed holds ", packed.numel(), " bytes; n = ", n, ", k = ", k, " need ", needed);
-  if (bias) {
-    CHECK(bias->is_cpu() && bias->scalar_type() == ScalarType::Float && bias->dim() == 1 && bias->is_contiguous(),
-          "bias must be a contiguous one-dimensional float32 tensor");
-    CHECK(bias->numel() == n, "bias has ", bias->numel(), " elements, the weight ", n, " outputs");
-  }
+  const QpassKernel& kernel = kernel_for(op, packed, n, k, format, glu);
 
   std::vector<int64_t> shape;
   int64_t m = 1;
@@ -169,6 +99,16 @@ Tensor packed_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::o
   Tensor y = torch::stable::new_empty(x, shape);
 
   QpassCall call{};
+  call.m = m;
+  call.n = n;
+  call.k = k;
+  call.dtype = dtype;
+  call.activation = int32_t(activation);
+  call.glu = glu;
+  call.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
+  call.bias = vector_of(op, "bias", bias, n, "outputs");
+  set_norm(call, norm, norm_weight, norm_bias, norm_eps);
+  set_x_scale(call, kernel, x_scale);
   std::optional<Tensor> x_copy, mul_copy, residual_copy;
   call.mul = operand("mul", mul, y, mul_copy, call.mul_stride);
   call.residual = operand("residual", residual, y, residual_copy, call.residual_stride);
@@ -180,28 +120,75 @@ Tensor packed_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::o
   }
   call.x = (x_copy ? *x_copy : x).const_data_ptr();
   call.x_stride = *stride;
-  call.m = m;
-  call.n = n;
-  call.k = k;
-  call.dtype = dtype;
-  call.activation = int32_t(activation);
-  call.glu = glu;
-  call.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
-  call.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
   call.y = y.mutable_data_ptr();
   call.y_stride = outputs;
-  run(call, *kernel);
+  run(call, kernel);
   return y;
 }
 
+}  // namespace linear
+
+namespace embedding {
+
+constexpr const char* op = "packed_embedding";
+
+template <class Value>
+void round_to(void* rows, int64_t begin, const float* values, int64_t k) {
+  Value* out = static_cast<Value*>(rows) + begin;
+  for (int64_t i = 0; i < k; i++) out[i] = Value(values[i]);
+}
+
+Tensor packed_embedding(Tensor ids, Tensor packed, int64_t n, int64_t k, int64_t format, ScalarType dtype) {
+  const QpassKernel& kernel = kernel_for(op, packed, n, k, format, false);
+  CHECK(ids.is_cpu(), "ids must be on the CPU");
+  const bool wide = ids.scalar_type() == ScalarType::Long;
+  CHECK(wide || ids.scalar_type() == ScalarType::Int, "ids must be int64 or int32");
+  CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+        "dtype must be float32, bfloat16 or float16");
+  if (!ids.is_contiguous()) ids = torch::stable::contiguous(ids);
+  const void* data = ids.const_data_ptr();
+  auto id = [&](int64_t i) {
+    return wide ? static_cast<const int64_t*>(data)[i] : int64_t(static_cast<const int32_t*>(data)[i]);
+  };
+  const int64_t count = ids.numel();
+  for (int64_t i = 0; i < count; i++)
+    CHECK(id(i) >= 0 && id(i) < n, "index out of range: id ", id(i), ", the table has ", n, " rows");
+
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d < ids.dim(); d++) shape.push_back(ids.size(d));
+  shape.push_back(k);
+  Tensor rows = torch::stable::new_empty(ids, shape, dtype);
+  const uint8_t* table = static_cast<const uint8_t*>(packed.const_data_ptr());
+  void* out = rows.mutable_data_ptr();
+  auto gather = [&](int64_t begin, int64_t end) {
+    std::vector<float> values(dtype == ScalarType::Float ? 0 : k);
+    for (int64_t i = begin; i < end; i++) {
+      float* row = dtype == ScalarType::Float ? static_cast<float*>(out) + i * k : values.data();
+      kernel.gather(table, n, k, false, id(i), row);
+      if (dtype == ScalarType::BFloat16) round_to<torch::headeronly::BFloat16>(out, i * k, row, k);
+      if (dtype == ScalarType::Half) round_to<torch::headeronly::Half>(out, i * k, row, k);
+    }
+  };
+  if (count < 16) gather(0, count);  // a few microseconds each, about what waking a thread costs
+  else torch::stable::parallel_for(0, count, 8, gather);
+  return rows;
+}
+
+}  // namespace embedding
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(qpass, CPU, m) { m.impl("packed_linear", TORCH_BOX(&packed_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(qpass, CPU, m) {
+  m.impl("packed_linear", TORCH_BOX(&linear::packed_linear));
+  m.impl("packed_embedding", TORCH_BOX(&embedding::packed_embedding));
+}
 
 // Called by kernels/load.py. Returns 0, or what is wrong with the table: 1 its format, 2 its version.
-extern "C" __attribute__((visibility("default"))) int qpass_register(const QpassKernel* kernel) {
+extern "C" __attribute__((visibility("default"))) int qpass_register(const QpassKernel* kernel, int32_t linear_rows,
+                                                                     int32_t panel_rows, int32_t tile_rows) {
   if (kernel == nullptr || kernel->format < 0 || kernel->format >= kFormats) return 1;
   if (kernel->abi != QPASS_ABI) return 2;
+  tunings[kernel->format].store(new QpassTuning{linear_rows, panel_rows, tile_rows}, std::memory_order_release);
   kernels[kernel->format].store(kernel, std::memory_order_release);
   return 0;
 }

@@ -1,4 +1,4 @@
-// One block of 64 outputs times some rows: register tiles of up to 6 rows x 4 vectors, group after group.
+// One block of 64 outputs times some rows: register tiles of rows x vectors abreast, group after group.
 // The order of operations on one output never depends on how many rows are computed with it, so neither do its bits.
 #pragma once
 #include "prologue.h"
@@ -9,27 +9,18 @@
 
 namespace qpass {
 
-constexpr int kTileRows = 6;  // 24 accumulators leave 8 of the 32 registers for operands and lookup tables
-
-// Where a tile's weights come from: packed codes on their way from memory, read in the order they lie in or four
-// vectors abreast; packed codes in the cache; an unpacked panel.
+// Where a tile's weights come from: packed codes on their way from memory, read in the order they lie in or with vectors
+// abreast; packed codes in the cache; an unpacked panel.
 enum Source { kLinear, kStream, kCached, kPanel };
-
-template <class F>
-struct AccumulatorOf {
-  using type = __m512i;
-};
-template <class F>
-  requires F::a16
-struct AccumulatorOf<F> {
-  using type = __m512;
-};
-template <class F>
-using Accumulator = typename AccumulatorOf<F>::type;
 
 // Into the L2 cache: aimed at L1, the few line fill buffers of a core would hold a thread to half of the memory's
 // bandwidth.
 QPASS_INLINE void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p + QPASS_PREFETCH_BYTES, _MM_HINT_T1); }
+
+template <class F>
+QPASS_INLINE void prefetch_row(const uint8_t* chunk, int row) {
+  for (int line = F::lines(row); line < F::lines(row + 1); line++) prefetch(chunk + line * kRow);
+}
 
 // One segment of one group as a tile sees it; `total` and `x` belong to row 0 of the task.
 struct Segment {
@@ -41,147 +32,144 @@ struct Segment {
   int64_t index, group;
 };
 
-template <class F, int Rows, Source From>
-QPASS_INLINE void multiply(Accumulator<F> (&acc)[Rows][kVectors], const uint8_t* w, const uint8_t* x, int chunks) {
+// Sums of a tile: `Rows` rows x `Vectors` vectors from `first` on.
+template <class F, int Rows, int Vectors, Source From>
+QPASS_INLINE void multiply(Sum<F> (&sums)[Rows][Vectors], const uint8_t* w, const uint8_t* x, int chunks, int first) {
   constexpr int stride = F::segment * F::element;
+  constexpr int together = F::bits == 3 && F::code_rows > 1 ? 2 : 1;  // rows of one vector that share third bits
   const Codes<F> codes;
-  for (int c = 0; c < chunks; c++) {
+  auto row = [&](int i, int r, int half) __attribute__((always_inline)) {
+    const int at = (first + i) * F::code_rows + r;
+    if (From == kStream) prefetch_row<F>(w, at);
+#pragma GCC unroll 8
+    for (int p = 0; p < F::planes; p++) {
+      const auto v = codes.plane(row_of<F>(w, at, half), half, p);
+#pragma GCC unroll 6
+      for (int m = 0; m < Rows; m++)
+        sums[m][i] = dot_at<F>(sums[m][i], v, x + m * stride + Codes<F>::step(r, p) * 4);
+    }
+  };
+  auto rows = [&](int i, int r) __attribute__((always_inline)) {
+    if constexpr (together == 2) row(i, r, 0), row(i, r + 1, 1);
+    else row(i, r, F::bits == 3 ? (first + i) % 2 : 0);
+  };
+  for (int c = 0; c < chunks; c++, x += F::chunk * F::element) {
     if constexpr (From == kPanel) {
       for (int s = 0; s < F::steps; s++) {
-        __m512i v[kVectors];
+        decltype(load_operand<F>(w)) v[Vectors];
 #pragma GCC unroll 4
-        for (int i = 0; i < kVectors; i++) v[i] = load(w + (i * F::steps + s) * kRow);
+        for (int i = 0; i < Vectors; i++) v[i] = load_operand<F>(w + ((first + i) * F::steps + s) * kRow);
 #pragma GCC unroll 6
         for (int m = 0; m < Rows; m++) {
-          const __m512i b = broadcast(x + m * stride + s * 4);
+          const auto b = broadcast<F>(x + m * stride + s * 4);
 #pragma GCC unroll 4
-          for (int i = 0; i < kVectors; i++) acc[m][i] = dot(acc[m][i], v[i], b);
+          for (int i = 0; i < Vectors; i++) sums[m][i] = dot<F>(sums[m][i], v[i], b);
         }
       }
       w += F::panel_chunk_bytes;
     } else if constexpr (From == kLinear) {
 #pragma GCC unroll 4
-      for (int i = 0; i < kVectors; i++) {
-        for (int r = 0; r < F::code_rows; r++) {
-#pragma GCC unroll 4
-          for (int p = 0; p < F::planes; p++) {
-            const __m512i v = codes.plane(w + (i * F::code_rows + r) * kRow, p);
-#pragma GCC unroll 6
-            for (int m = 0; m < Rows; m++) acc[m][i] = dot_at(acc[m][i], v, x + m * stride + Codes<F>::step(r, p) * 4);
-          }
-        }
-      }
+      for (int i = 0; i < Vectors; i++)
+        for (int r = 0; r < F::code_rows; r += together) rows(i, r);
       w += F::chunk_bytes;
     } else {
-      for (int r = 0; r < F::code_rows; r++) {
+      for (int r = 0; r < F::code_rows; r += together)
 #pragma GCC unroll 4
-        for (int i = 0; i < kVectors; i++) {
-          const uint8_t* row = w + (i * F::code_rows + r) * kRow;
-          if (From == kStream) prefetch(row);
-#pragma GCC unroll 4
-          for (int p = 0; p < F::planes; p++) {
-            const __m512i v = codes.plane(row, p);
-#pragma GCC unroll 6
-            for (int m = 0; m < Rows; m++) acc[m][i] = dot_at(acc[m][i], v, x + m * stride + Codes<F>::step(r, p) * 4);
-          }
-        }
-      }
+        for (int i = 0; i < Vectors; i++) rows(i, r);
       w += F::chunk_bytes;
     }
-    x += F::chunk * F::element;
   }
 }
 
 // A finished group into the fp32 totals: scale x (dot - zero * sum of the activations).
 template <class F>
-QPASS_INLINE __m512 fold(__m512i acc, __m512 total, __m512 scale, __m512i zero, const Prepared<F>& p, int64_t g,
-                         int64_t row) {
-  const __m512i minus_sum = _mm512_set1_epi32(p.sum_i32(g)[row]);
-  if constexpr (F::grouped) {  // a group's sum fits 16 bits: one instruction, and the zeros' upper words are zero
-    const __m512 dots = _mm512_cvtepi32_ps(_mm512_dpwssd_epi32(acc, zero, minus_sum));
-    if constexpr (F::rule == QPASS_A8_TOKEN_GROUP) scale = _mm512_mul_ps(scale, _mm512_set1_ps(p.scale(g)[row]));
-    return _mm512_fmadd_ps(dots, scale, total);
+QPASS_INLINE F32 fold(I32 dots, F32 total, F32 scale, I32 zero, const Prepared<F>& p, int64_t g, int64_t row) {
+  const I32 minus_sum = set(p.sum_i32(g)[row]);
+  if constexpr (F::grouped) {  // a group's sum fits 16 bits
+    dots = add_product16(dots, zero, minus_sum);
+    if constexpr (F::rule == QPASS_A8_TOKEN_GROUP) scale = mul(scale, set(p.scale(g)[row]));
+    return fma(to_float(dots), scale, total);
   } else {
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(acc, _mm512_mullo_epi32(zero, minus_sum))), scale);
+    return mul(to_float(add(dots, mul(zero, minus_sum))), scale);
   }
 }
 
 template <class F>
-QPASS_INLINE __m512 fold(__m512 acc, __m512 total, __m512 scale, __m512 zero, const Prepared<F>& p, int64_t g,
-                         int64_t row) {
-  const __m512 centered = _mm512_fnmadd_ps(zero, _mm512_set1_ps(p.sum_f32(g)[row]), acc);
-  return F::grouped ? _mm512_fmadd_ps(scale, centered, total) : _mm512_mul_ps(scale, centered);
+QPASS_INLINE F32 fold(F32 dots, F32 total, F32 scale, F32 zero, const Prepared<F>& p, int64_t g, int64_t row) {
+  const F32 centered = fnma(zero, set(p.sum_f32(g)[row]), dots);
+  return F::grouped ? fma(scale, centered, total) : mul(scale, centered);
 }
 
-// The zeros of vector v as fold() wants them: int32, or fp32 relative to the center that the operands already lack.
-template <class F>
-QPASS_INLINE auto fold_zeros(const uint8_t* zeros, int v) {
-  const __m512i z = load_zeros(zeros, v);
-  if constexpr (F::a16) return _mm512_sub_ps(_mm512_cvtepi32_ps(z), _mm512_set1_ps(Codes<F>::kCenter));
-  else return z;
+// The zeros of vector v as fold() wants them: relative to the center that the operands already lack.
+template <class F, class C = Codes<F>>
+QPASS_INLINE Sum<F> fold_zeros(const uint8_t* zeros, int v) {
+  const I32 z = load_zeros(zeros, v);
+  if constexpr (F::a16) return sub(to_float(z), set(float(C::center)));
+  else if constexpr (C::center == 0) return z;
+  else if constexpr (F::grouped) return and_(sub(z, set(C::center)), set(0xffff));
+  else return sub(z, set(C::center));
 }
+
+// Unfinished sums wait where the totals will be.
+QPASS_INLINE void load_sum(const float* p, F32& v) { v = load_f32(p); }
+QPASS_INLINE void load_sum(const float* p, I32& v) { v = load(p); }
+QPASS_INLINE void store_sum(float* p, F32 v) { store_f32(p, v); }
+QPASS_INLINE void store_sum(float* p, I32 v) { store(p, v); }
 
 template <class F, int Rows, Source From>
 __attribute__((noinline)) void tile(const Segment& s, const Prepared<F>& p, int64_t row, float* total) {
-  Accumulator<F> acc[Rows][kVectors];
+  constexpr int vectors = abreast(Rows);
   const bool fresh = F::grouped || s.first;
-#pragma GCC unroll 6
-  for (int m = 0; m < Rows; m++)
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; i++)
-      acc[m][i] = fresh ? Accumulator<F>{} : (Accumulator<F>)_mm512_loadu_ps(total + m * kBlock + i * kLanes);
-  multiply<F, Rows, From>(acc, s.weights, p.element(s.index, row), s.chunks);
-  if (F::grouped || s.last) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; i++) {
-      const __m512 scale = load_scales<F>(s.scales, i);
-      const auto zero = fold_zeros<F>(s.zeros, i);
-#pragma GCC unroll 6
-      for (int m = 0; m < Rows; m++) {
-        float* out = total + m * kBlock + i * kLanes;
-        _mm512_storeu_ps(out, fold<F>(acc[m][i], _mm512_loadu_ps(out), scale, zero, p, s.group, row + m));
-      }
-    }
-  } else {
+  for (int v = 0; v < kVectors; v += vectors, total += vectors * kLanes) {
+    Sum<F> sums[Rows][vectors];
 #pragma GCC unroll 6
     for (int m = 0; m < Rows; m++)
 #pragma GCC unroll 4
-      for (int i = 0; i < kVectors; i++) _mm512_storeu_ps(total + m * kBlock + i * kLanes, (__m512)acc[m][i]);
+      for (int i = 0; i < vectors; i++) {
+        if (fresh) sums[m][i] = Sum<F>{};
+        else load_sum(total + m * kBlock + i * kLanes, sums[m][i]);
+      }
+    multiply<F, Rows, vectors, From>(sums, s.weights, p.element(s.index, row), s.chunks, v);
+    if (F::grouped || s.last) {
+#pragma GCC unroll 4
+      for (int i = 0; i < vectors; i++) {
+        const F32 scale = load_scales<F>(s.scales, v + i);
+        const auto zero = fold_zeros<F>(s.zeros, v + i);
+#pragma GCC unroll 6
+        for (int m = 0; m < Rows; m++) {
+          float* out = total + m * kBlock + i * kLanes;
+          store_f32(out, fold<F>(sums[m][i], load_f32(out), scale, zero, p, s.group, row + m));
+        }
+      }
+    } else {
+#pragma GCC unroll 6
+      for (int m = 0; m < Rows; m++)
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; i++) store_sum(total + m * kBlock + i * kLanes, sums[m][i]);
+    }
   }
 }
 
-template <class F, Source From>
+template <class F, Source From, int Most = kTileRows>
 QPASS_INLINE void tile(int rows, const Segment& s, const Prepared<F>& p, int64_t row, float* total) {
-  if constexpr (From == kLinear && F::linear_rows < kTileRows) {
-    if constexpr (F::linear_rows > 0)
-      return rows == 1 ? tile<F, 1, From>(s, p, row, total) : tile<F, 2, From>(s, p, row, total);
-    return;
+  if constexpr (Most > 1) {
+    if (rows < Most) return tile<F, From, Most - 1>(rows, s, p, row, total);
   }
-  switch (rows) {
-    case 1:
-      return tile<F, 1, From>(s, p, row, total);
-    case 2:
-      return tile<F, 2, From>(s, p, row, total);
-    case 3:
-      return tile<F, 3, From>(s, p, row, total);
-    case 4:
-      return tile<F, 4, From>(s, p, row, total);
-    case 5:
-      return tile<F, 5, From>(s, p, row, total);
-    default:
-      return tile<F, 6, From>(s, p, row, total);
-  }
+  if constexpr (Most > 0) tile<F, Most, From>(s, p, row, total);
 }
 
 template <class F>
 void unpack(const uint8_t* w, int chunks, uint8_t* panel) {
   const Codes<F> codes;
-  for (int c = 0; c < chunks * kVectors; c++, panel += F::steps * kRow)
-    for (int r = 0; r < F::code_rows; r++, w += kRow) {
-      prefetch(w);
-#pragma GCC unroll 4
-      for (int p = 0; p < F::planes; p++) _mm512_storeu_si512(panel + Codes<F>::step(r, p) * kRow, codes.plane(w, p));
-    }
+  for (int c = 0; c < chunks; c++, w += F::chunk_bytes)
+    for (int v = 0; v < kVectors; v++, panel += F::steps * kRow)
+      for (int r = 0; r < F::code_rows; r++) {
+        const int at = v * F::code_rows + r, half = F::bits == 3 ? at % 2 : 0;
+        prefetch_row<F>(w, at);
+#pragma GCC unroll 8
+        for (int p = 0; p < F::planes; p++)
+          store_operand(panel + Codes<F>::step(r, p) * kRow, codes.plane(row_of<F>(w, at, half), half, p));
+      }
 }
 
 // Segment i of a block, its weights still packed.
@@ -206,13 +194,15 @@ QPASS_INLINE void prefetch_tail(const Segment& s) {
 // total[rows][64] = the block's product with rows [row, row + rows) of the prepared activations; total starts at zero.
 template <class F>
 void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows, float* total,
-                    uint8_t* panel) {
+                    uint8_t* panel, const QpassTuning& tuning) {
+  using T = Tuning<F>;
   const int64_t tiles = ceil_div(rows, kTileRows);
-  const bool unpacks = F::unpacks && rows >= F::panel_rows, linear = rows <= F::linear_rows;
+  const bool unpacks = F::unpacks && rows >= tuning.panel_rows;
+  const bool linear = rows <= T::linear_rows && rows <= tuning.linear_rows;
   for (int64_t i = 0; i < p.segments; i++) {
     Segment s = segment_of<F>(block, k, p.segments, i);
     if (linear) {
-      tile<F, kLinear>(int(rows), s, p, row, total);
+      tile<F, kLinear, T::linear_rows>(int(rows), s, p, row, total);
       continue;
     }
     prefetch_tail<F>(s);

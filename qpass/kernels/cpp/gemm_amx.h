@@ -8,9 +8,9 @@
 
 namespace qpass::amx {
 
-constexpr int64_t kFromRows8 = 5, kFromRows16 = 65;  // narrower calls run on AVX-512
+constexpr int64_t kWide = 65;  // bf16 rows of narrower calls must have the bits of AVX-512
 
-inline bool takes(const QpassCall& c, bool a16) { return c.m >= (a16 ? kFromRows16 : kFromRows8); }
+inline bool takes(const QpassCall& c, bool a16) { return c.m >= c.tuning.tile_rows && (!a16 || c.m >= kWide); }
 
 template <class F>
 struct Tile {
@@ -85,12 +85,13 @@ void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64
       multiply<F>(s.weights, p.element(i, row + at), s.chunks, F::grouped || s.first, sums);
       if (!(F::grouped || s.last)) continue;
       for (int v = 0; v < kVectors; v++) {
-        const __m512 scale = load_scales<F>(s.scales, v);
+        const F32 scale = load_scales<F>(s.scales, v);
         const auto zero_point = fold_zeros<F>(s.zeros, v);
         for (int m = 0; m < height; m++) {
-          const auto sum = (Accumulator<F>)_mm512_loadu_ps(sums + m * kBlock + v * kLanes);
+          Sum<F> sum;
+          load_sum(sums + m * kBlock + v * kLanes, sum);
           float* y = out + m * kBlock + v * kLanes;
-          _mm512_storeu_ps(y, fold<F>(sum, _mm512_loadu_ps(y), scale, zero_point, p, s.group, row + at + m));
+          store_f32(y, fold<F>(sum, load_f32(y), scale, zero_point, p, s.group, row + at + m));
         }
       }
     }

@@ -1,101 +1,157 @@
-// AVX-512 as a small vocabulary: the dot products, how codes become operands. One vector is
-// 16 outputs.
+// AVX-512: a vector of 16 outputs is one register. With or without VNNI, BF16, VBMI and GFNI.
 #pragma once
-#include "layout.h"
-#include "simd.h"
+#include "codes.h"
 
 namespace qpass {
 
-QPASS_INLINE __m512i broadcast(const void* p) { return _mm512_set1_epi32(*static_cast<const int32_t*>(p)); }
+using Operand = I32;
 
-// The dot products are assembly because GCC 12 copies the accumulator around its own intrinsics and runs out of
-// registers.
+constexpr int kTileRows = 6;  // 24 sums leave 8 of the 32 registers for operands and lookup tables
+constexpr int abreast(int) { return kVectors; }
 
-// acc[n] += sum over 4 inputs of unsigned code x signed activation.
-QPASS_INLINE __m512i dot(__m512i acc, __m512i codes, __m512i x) {
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x));
-  return acc;
+// Measured on Zen 4.
+template <class F>
+struct Tuning {
+  // Rows from which codes are unpacked once for all of them. Nibbles cost so little to unpack in registers that a panel
+  // breaks even late.
+  static constexpr int panel_rows = F::bits == 8 ? 13 : 61;
+  // Up to here the weights are read in the order they lie in, which the hardware prefetches best by itself (31 GB/s a
+  // thread against 22). More rows, and bf16 with its longer latency, need several sums in flight: four vectors abreast.
+  static constexpr int linear_rows = F::a16 ? 0 : F::bits == 8 ? 6 : 2;
+};
+
+// sum + a * b where the lanes of a and b fit 16 bits and a's upper halves are zero.
+QPASS_INLINE I32 add_product16(I32 sum, I32 a, I32 b) {
+#ifdef __AVX512VNNI__
+  return _mm512_dpwssd_epi32(sum, a, b);
+#else
+  return add(sum, _mm512_madd_epi16(a, b));
+#endif
 }
 
-// acc[n] += sum over 2 inputs of bf16 code x bf16 activation.
-QPASS_INLINE __m512 dot(__m512 acc, __m512i codes, __m512i x) {
-#ifdef __AVX512BF16__
-  __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x));
-  return acc;
+template <class F>
+QPASS_INLINE I32 broadcast(const void* p) { return set(*static_cast<const int32_t*>(p)); }
+template <class F>
+QPASS_INLINE Operand load_operand(const uint8_t* p) { return load(p); }
+QPASS_INLINE void store_operand(uint8_t* p, Operand v) { store(p, v); }
+
+// The dot products are assembly because GCC 12 copies the sum around its own intrinsics and runs out of registers.
+
+// sum[n] += over 4 inputs, unsigned code x signed activation.
+template <class F>
+QPASS_INLINE I32 dot(I32 sum, Operand codes, I32 x) {
+#ifdef __AVX512VNNI__
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
+  return sum;
 #else
-  const __m512i high = _mm512_set1_epi32(int(0xffff0000));
-  acc = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(codes, high)),
-                        _mm512_castsi512_ps(_mm512_and_si512(x, high)), acc);
-  return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(codes, 16)),
-                         _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), acc);
+  // vpmaddubsw saturates at 16 bits. Codes below 16 can't reach that; 8-bit ones, less 128, as magnitude x signed
+  // activation: 2 * 128 * 127 fits.
+  if constexpr (F::bits == 8) {
+    codes = xor_(codes, set(int32_t(0x80808080)));
+    x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(codes), set(0), x);
+    codes = _mm512_abs_epi8(codes);
+  }
+  return add(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, x), set(0x00010001)));
+#endif
+}
+
+// sum[n] += over 2 inputs, bf16 code x bf16 activation.
+template <class F>
+QPASS_INLINE F32 dot(F32 sum, Operand codes, I32 x) {
+#ifdef __AVX512BF16__
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
+  return sum;
+#else
+  const I32 high = set(int32_t(0xffff0000));
+  sum = fma(from_bits(and_(codes, high)), from_bits(and_(x, high)), sum);
+  return fma(from_bits(shl<16>(codes)), from_bits(shl<16>(x)), sum);
 #endif
 }
 
 // The same with the activations broadcast by the instruction's own load: no register, no instruction for it.
-QPASS_INLINE __m512i dot_at(__m512i acc, __m512i codes, const void* x) {
-  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(codes), "m"(*static_cast<const int32_t*>(x)));
-  return acc;
-}
-QPASS_INLINE __m512 dot_at(__m512 acc, __m512i codes, const void* x) {
-#ifdef __AVX512BF16__
-  __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(codes), "m"(*static_cast<const int32_t*>(x)));
-  return acc;
+template <class F>
+QPASS_INLINE I32 dot_at(I32 sum, Operand codes, const void* x) {
+#ifdef __AVX512VNNI__
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*static_cast<const int32_t*>(x)));
+  return sum;
 #else
-  return dot(acc, codes, broadcast(x));
+  return dot<F>(sum, codes, broadcast<F>(x));
+#endif
+}
+template <class F>
+QPASS_INLINE F32 dot_at(F32 sum, Operand codes, const void* x) {
+#ifdef __AVX512BF16__
+  __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*static_cast<const int32_t*>(x)));
+  return sum;
+#else
+  return dot<F>(sum, codes, broadcast<F>(x));
 #endif
 }
 
-// How a row of packed codes becomes operands. `plane(row, p)` is dot-product operand p of a row; `step(r, p)` is its
-// place among the chunk's operands, which is also where the prepared activations keep their inputs.
+// With int8 activations operands are the codes themselves.
 template <class F, bool A16 = F::a16, int Bits = F::bits>
-struct Codes;
-
-// 8-bit codes, int8 activations: a row is an operand.
-template <class F>
-struct Codes<F, false, 8> {
-  static constexpr int step(int r, int) { return r; }
-  QPASS_INLINE __m512i plane(const uint8_t* row, int) const { return load(row); }
+struct Codes : Operands<F> {
+#ifdef __AVX512VNNI__
+  static constexpr int center = 0;
+#else
+  static constexpr int center = Bits == 8 ? 128 : 0;
+#endif
+  QPASS_INLINE Operand plane(const uint8_t* row, int half, int p) const { return bytes_of<F>(row, half, p); }
 };
 
-// 4-bit codes, int8 activations: low nibbles, then high nibbles.
+// The bf16 of i % codes, less the center so that the sums stay small; `shift`: of i's upper bits.
+template <int Codes, int Shift>
+QPASS_INLINE I32 bf16_table(float center) {
+  alignas(64) uint16_t t[32];
+  for (int i = 0; i < 32; i++) {
+    const float v = float((i >> Shift) % Codes) - center;
+    uint32_t bits;
+    memcpy(&bits, &v, 4);
+    t[i] = uint16_t(bits >> 16);
+  }
+  return load(t);
+}
+
+template <int Bits>
+QPASS_INLINE I32 shr16(I32 v) {
+  if constexpr (Bits == 0) return v;
+  else return _mm512_srli_epi16(v, Bits);
+}
+
+// Codes below 16 as bf16 pairs: vpermw looks the lowest bits of each word up (it reads 5 of them: the table repeats).
+// Byte 0 of the words gives inputs (0, 2) of a k4-step, byte 1 inputs (1, 3).
 template <class F>
-struct Codes<F, false, 4> {
-  const __m512i mask = _mm512_set1_epi8(0x0f);
-  static constexpr int step(int r, int p) { return r + p * F::code_rows; }
-  QPASS_INLINE __m512i plane(const uint8_t* row, int p) const {
-    const __m512i w = load(row);
-    return _mm512_and_si512(p ? _mm512_srli_epi16(w, 4) : w, mask);
+struct Codes<F, true, 4> : Operands<F> {
+  static constexpr float center = 8;
+  const I32 table = bf16_table<16, 0>(center);
+  QPASS_INLINE Operand plane(const uint8_t* row, int, int p) const {
+    const I32 w = load(row);
+    return _mm512_permutexvar_epi16(p == 0 ? w : p == 1 ? shr16<8>(w) : p == 2 ? shr16<4>(w) : shr16<12>(w), table);
   }
 };
 
-// 4-bit codes as bf16 pairs, less 8, so that the sums stay small. A word of a row holds 4 codes; vpermw looks the
-// lowest one up (it reads 5 bits of the index: the table's two halves are alike). Nibble 0 of the words gives inputs
-// (4r, 4r + 2), nibble 2 gives (4r + 1, 4r + 3), nibbles 1 and 3 the same of the k4-step r + code_rows.
 template <class F>
-struct Codes<F, true, 4> {
-  static constexpr float kCenter = 8;
-  const __m512i table = [] {
-    alignas(64) uint16_t t[32];
-    for (int i = 0; i < 32; i++) {
-      const float v = float(i % 16) - kCenter;
-      uint32_t bits;
-      __builtin_memcpy(&bits, &v, 4);
-      t[i] = uint16_t(bits >> 16);
-    }
-    return load(t);
-  }();
-  static constexpr int step(int r, int p) { return r * 4 + p; }
-  QPASS_INLINE __m512i plane(const uint8_t* row, int p) const {
-    const __m512i w = load(row);
-    return _mm512_permutexvar_epi16(p == 0   ? w
-                                    : p == 1 ? _mm512_srli_epi16(w, 8)
-                                    : p == 2 ? _mm512_srli_epi16(w, 4)
-                                             : _mm512_srli_epi16(w, 12),
-                                    table);
+struct Codes<F, true, 3> : Operands<F> {
+  static constexpr float center = 3.5f;
+  const I32 table = bf16_table<8, 0>(center);
+  QPASS_INLINE Operand plane(const uint8_t* row, int half, int p) const {
+    const I32 n = nibbles<F>(row, half, p / 2 % 2);
+    const int shift = p / 4 * 4 + p % 2 * 8;
+    return _mm512_permutexvar_epi16(
+        shift == 0 ? n : shift == 8 ? shr16<8>(n) : shift == 4 ? shr16<4>(n) : shr16<12>(n), table);
   }
-  static constexpr int input(int step, int half) {  // the input of the chunk behind half 0 or 1 of an operand's pair
-    const int r = step / 4, p = step % 4;
-    return 4 * (r + (p / 2) * F::code_rows) + (p % 2) + 2 * half;
+};
+
+// Two codes are within vpermw's reach: a second table looks up the upper one and saves its shift.
+template <class F>
+struct Codes<F, true, 2> : Operands<F> {
+  static constexpr float center = 1.5f;
+  const I32 lower = bf16_table<4, 0>(center), upper = bf16_table<4, 2>(center);
+  QPASS_INLINE Operand plane(const uint8_t* row, int, int p) const {
+    const I32 w = load(row);
+    const int shift = p / 4 * 4 + p % 2 * 8;
+    return _mm512_permutexvar_epi16(
+        shift == 0 ? w : shift == 8 ? shr16<8>(w) : shift == 4 ? shr16<4>(w) : shr16<12>(w), p / 2 % 2 ? upper : lower);
   }
 };
 
@@ -103,10 +159,8 @@ struct Codes<F, true, 4> {
 // VBMI each half of a bf16 is one lookup of 128 bytes. Plane 0 gives inputs (4r, 4r + 2), plane 1 gives (4r + 1, 4r +
 // 3).
 template <class F>
-struct Codes<F, true, 8> {
-  static constexpr float kCenter = 127.5f;
-  static constexpr int step(int r, int p) { return r * 2 + p; }
-  static constexpr int input(int step, int half) { return 4 * (step / 2) + step % 2 + 2 * half; }
+struct Codes<F, true, 8> : Operands<F> {
+  static constexpr float center = 127.5f;
 #ifdef __AVX512VBMI__
   struct Table {
     alignas(64) uint8_t upper[128], lower[128];
@@ -124,7 +178,7 @@ struct Codes<F, true, 8> {
   const __m512i upper0 = load(table.upper), upper1 = load(table.upper + 64);
   const __m512i lower0 = load(table.lower), lower1 = load(table.lower + 64);
   const __m512i sign = _mm512_set1_epi8(int8_t(0x80));
-  QPASS_INLINE __m512i plane(const uint8_t* row, int p) const {
+  QPASS_INLINE I32 plane(const uint8_t* row, int, int p) const {
     const __m512i c = load(row);
     // j in the 7 bits that the lookup reads: c - 128 where the top bit is set, else 127 - c. The top bit stays.
 #ifdef __GFNI__
@@ -139,28 +193,16 @@ struct Codes<F, true, 8> {
              : _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaaull, lower, _mm512_slli_epi16(upper, 8));
   }
 #else
-  const __m512 center = _mm512_set1_ps(kCenter);
+  const __m512 middle = set(center);
   const __m512i byte = _mm512_set1_epi32(255);
-  QPASS_INLINE __m512i plane(const uint8_t* row, int p) const {
+  QPASS_INLINE I32 plane(const uint8_t* row, int, int p) const {
     const __m512i v = p ? _mm512_srli_epi32(load(row), 8) : load(row);
     const __m512i a = _mm512_and_si512(v, byte), b = _mm512_and_si512(_mm512_srli_epi32(v, 16), byte);
-    const __m512i low = _mm512_castps_si512(_mm512_sub_ps(_mm512_cvtepi32_ps(a), center));
-    const __m512i high = _mm512_castps_si512(_mm512_sub_ps(_mm512_cvtepi32_ps(b), center));
+    const __m512i low = _mm512_castps_si512(_mm512_sub_ps(_mm512_cvtepi32_ps(a), middle));
+    const __m512i high = _mm512_castps_si512(_mm512_sub_ps(_mm512_cvtepi32_ps(b), middle));
     return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(low, 16), high);
   }
 #endif
 };
-
-// 16 scales of vector v; 16 zeros as int32.
-template <class F>
-QPASS_INLINE __m512 load_scales(const uint8_t* scales, int v) {
-  if constexpr (F::scale_bytes == 2)
-    return load_f16((const uint16_t*)scales + v * kLanes);
-  else return load_f32((const float*)scales + v * kLanes);
-}
-
-QPASS_INLINE __m512i load_zeros(const uint8_t* zeros, int v) {
-  return load_u8(zeros + v * kLanes);
-}
 
 }  // namespace qpass

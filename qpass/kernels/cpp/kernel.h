@@ -2,6 +2,7 @@
 #pragma once
 #include <string.h>
 #include "epilogue.h"
+#include "gather.h"
 #include "gemm.h"
 #ifdef QPASS_AMX
 #include "gemm_amx.h"
@@ -62,7 +63,7 @@ struct Kernel {
           continue;
         }
 #endif
-        multiply_block<F>(weights, c.k, p, row * terms(c), rows * terms(c), total, panel);
+        multiply_block<F>(weights, c.k, p, row * terms(c), rows * terms(c), total, panel, c.tuning);
       }
       store_block<F>(c, p, block, row, rows, (const float*)totals, (const float*)(totals + half_bytes));
     }
@@ -72,7 +73,8 @@ struct Kernel {
   }
 
   static constexpr QpassKernel table(int32_t format) {
-    return {QPASS_ABI, format, packed_bytes, prepared_bytes, prepare<F>, partition, scratch_bytes, run};
+    return {QPASS_ABI, format,    F::rule,       packed_bytes, prepared_bytes,
+            prepare<F>, partition, scratch_bytes, run,         gather_row<F>};
   }
 };
 

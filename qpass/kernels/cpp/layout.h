@@ -1,8 +1,13 @@
 // The packed weight: blocks of 64 outputs; in each, one record a group of inputs: { codes, 64 scales, 64 zeros (u8) }.
-// Codes of a group are chunks of min(group, 64) inputs; a chunk is 4 vectors of 16 outputs; a vector is `code_rows`
-// rows of 64 bytes; a row is 16 outputs x 4 consecutive inputs, byte (n % 16) * 4 + k % 4. With 8 bits, rows are
-// successive k4-steps. With 4 bits, row r holds k4-step r in its low nibbles and k4-step r + code_rows in its high
-// ones. So a vector's rows are, or unpack to, both what vpdpbusd wants and the B tile of an AMX product.
+// Codes of a group are chunks of min(group, 64) inputs. A chunk is 4 vectors of 16 outputs; a vector is `code_rows`
+// rows of 64 bytes; a row is 16 outputs x 4 consecutive inputs (a k4-step), byte (n % 16) * 4 + k % 4:
+//   8 bits   row r is k4-step r
+//   4 bits   row r holds k4-step r in its low nibbles, k4-step r + code_rows in its high ones
+//   2 bits   row r holds k4-steps 4r .. 4r + 3, in its bit pairs from the lowest up
+//   3 bits   the lower two bits as with 2; behind every second of these rows one row of the third bits, of both. Bits
+//            2, 3, 6, 7 belong to the first of the two (k4-steps 0, 1, 2, 3: so pairs and third bits meet without a
+//            shift), bits 0, 1, 4, 5 to the second. With chunks of 16 the two are rows of neighboring vectors.
+// So a vector's rows are, or unpack to, both what vpdpbusd wants and the B tile of an AMX product; nothing is wasted.
 #pragma once
 #include "simd.h"
 
@@ -24,23 +29,18 @@ struct Format {
   static constexpr bool grouped = Group != 0;
   static constexpr bool a16 = Rule == QPASS_A16;
   static constexpr int scale_bytes = ScaleBytes;
-  static constexpr int chunk = Group == 32 ? 32 : 64;
-  static constexpr int code_rows = chunk * Bits / 32;
-  static constexpr int planes = a16 ? (Bits == 4 ? 4 : 2) : (Bits == 4 ? 2 : 1);
-  static constexpr int steps = a16 ? chunk / 2 : chunk / 4;  // dot products of a chunk and a vector
-  static constexpr int chunk_bytes = kVectors * code_rows * kRow;
+  static constexpr int chunk = Group == 16 || Group == 32 ? Group : 64;
+  static constexpr int row_steps = Bits == 8 ? 1 : Bits == 4 ? 2 : 4;  // k4-steps of a row
+  static constexpr int code_rows = chunk / 4 / row_steps;              // rows of third bits not counted
+  static constexpr int planes = a16 ? 2 * row_steps : row_steps;       // operands of a row
+  static constexpr int steps = a16 ? chunk / 2 : chunk / 4;            // dot products of a chunk and a vector
+  static constexpr int chunk_bytes = kBlock * chunk * Bits / 8;
   static constexpr int panel_chunk_bytes = kVectors * steps * kRow;
   static constexpr int element = a16 ? 2 : 1;  // bytes of a prepared activation
   // Inputs that are multiplied before accumulators go back to memory: a group, or a piece of K that fits the L1 cache.
   static constexpr int segment = grouped ? Group : (a16 ? 128 : 256);
   static constexpr int segment_chunks = segment / chunk;
-  static constexpr bool unpacks = a16 || Bits == 4;  // 8-bit codes are what vpdpbusd takes
-  // Measured on Zen 4. Nibbles cost so little to unpack in registers that a panel breaks even late.
-  static constexpr int panel_rows = Bits == 4 ? 61 : 13;
-  // Up to here the weights are read in the order they lie in, which the hardware prefetches best by itself (31 GB/s a
-  // thread against 22). More rows, and bf16 with its longer latency, need several accumulators in flight: four vectors
-  // abreast.
-  static constexpr int linear_rows = a16 ? 0 : Bits == 4 ? 2 : 6;
+  static constexpr bool unpacks = a16 || Bits != 8;  // 8-bit codes are what vpdpbusd takes
 
   static constexpr int64_t padded_k(int64_t k) { return round_up(k, grouped ? Group : chunk); }
   static constexpr int64_t groups(int64_t k) { return grouped ? ceil_div(k, Group ? Group : 1) : 1; }
@@ -51,6 +51,21 @@ struct Format {
   // Blocks of a weight. A gated pair alternates gate and up blocks, each half padded by itself.
   static constexpr int64_t blocks(int64_t n, bool glu) {
     return glu ? 2 * ceil_div(n / 2, kBlock) : ceil_div(n, kBlock);
+  }
+  // Cache lines of a chunk in front of row `row` (of kVectors * code_rows).
+  static constexpr int lines(int row) { return row * chunk_bytes / kRow / (kVectors * code_rows); }
+};
+
+// Which inputs the operands of a row hold. Operand p of row r is dot product `step(r, p)` of its chunk, which is also
+// where the prepared activations keep its inputs. With int8 activations an operand is a k4-step; with bf16 ones it is
+// inputs (b, b + 2) of k4-step p / 2, b = p % 2, and `input(step, half)` is the input behind half 0 or 1 of its pairs.
+template <class F>
+struct Operands {
+  static constexpr int k4(int r, int i) { return F::bits == 4 ? r + i * F::code_rows : r * F::row_steps + i; }
+  static constexpr int step(int r, int p) { return F::a16 ? r * F::planes + p : k4(r, p); }
+  static constexpr int input(int step, int half) {
+    const int r = step / F::planes, p = step % F::planes;
+    return 4 * k4(r, p / 2) + p % 2 + 2 * half;
   }
 };
 

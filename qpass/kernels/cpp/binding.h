@@ -1,0 +1,124 @@
+// What the torch ops of binding.cpp share: the loaded kernels, checks, scratch memory.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "abi.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kFormats = 256;
+std::atomic<const QpassKernel*> kernels[kFormats];
+std::atomic<const QpassTuning*> tunings[kFormats];  // replaced ones are kept: a call may be reading them
+
+// Raises RuntimeError with the op's name in front: `op` is an argument or a constant where it is used.
+#define CHECK(condition, ...) STD_TORCH_CHECK(condition, op, ": ", __VA_ARGS__)
+
+std::string shape_of(const Tensor& t) {
+  std::string s = "[";
+  for (int64_t d = 0; d < t.dim(); d++) s += (d ? ", " : "") + std::to_string(t.size(d));
+  return s + "]";
+}
+
+// Grows and is kept: a decode step calls 200 times with the same few sizes. Large requests are given back after the
+// call.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { free(data_); }
+  void* get(int64_t bytes) {
+    if (bytes > size_) {
+      free(data_);
+      size_ = 0;
+      data_ = aligned_alloc(64, size_t((bytes + 4095) / 4096 * 4096));
+      if (data_) size_ = bytes;
+    }
+    return data_;
+  }
+  void trim() {
+    if (size_ <= kKeep) return;
+    free(data_);
+    data_ = nullptr;
+    size_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kKeep = 32 << 20;
+  void* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch activations;  // of the calling thread, read by the workers
+thread_local Scratch worker;       // of each thread that runs tasks
+
+// A tensor as rows: elements between rows, if its leading dimensions collapse into one and its last is dense.
+std::optional<int64_t> row_stride(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  if (t.size(last) > 1 && t.stride(last) != 1) return std::nullopt;
+  int64_t stride = -1, expected = -1;
+  for (int64_t d = last - 1; d >= 0; d--) {
+    if (t.size(d) == 1) continue;
+    if (stride < 0) stride = t.stride(d);
+    else if (t.stride(d) != expected) return std::nullopt;
+    expected = t.stride(d) * t.size(d);
+  }
+  if (stride < 0) return t.size(last);
+  if (stride < t.size(last) && stride != 0) return std::nullopt;
+  return stride;
+}
+
+int32_t dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return QPASS_F32;
+    case ScalarType::BFloat16:
+      return QPASS_BF16;
+    case ScalarType::Half:
+      return QPASS_F16;
+    default:
+      return -1;
+  }
+}
+
+// A contiguous float32 vector of `length` elements; null where none is given. `whose` completes the sentence.
+const float* vector_of(const char* op, const char* name, const std::optional<Tensor>& given, int64_t length,
+                       const char* whose) {
+  if (!given) return nullptr;
+  CHECK(given->is_cpu() && given->scalar_type() == ScalarType::Float && given->dim() == 1 && given->is_contiguous(), name,
+        " must be a contiguous one-dimensional float32 tensor");
+  CHECK(given->numel() == length, name, " has ", given->numel(), " elements, the weight ", length, " ", whose);
+  return static_cast<const float*>(given->const_data_ptr());
+}
+
+// The kernel of a format, for a packed weight [n, k] that it can really read.
+const QpassKernel& kernel_for(const char* op, const Tensor& packed, int64_t n, int64_t k, int64_t format, bool glu) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  CHECK(packed.is_cpu(), "packed must be on the CPU");
+  CHECK(n >= 1 && k >= 1 && n < kMost && k < kMost, "n and k must be positive, not ", n, " and ", k);
+  CHECK(!glu || n % 2 == 0, "a gated weight stacks two halves, so n = ", n, " must be even");
+  const QpassKernel* kernel =
+      format >= 0 && format < kFormats ? kernels[format].load(std::memory_order_acquire) : nullptr;
+  CHECK(kernel != nullptr, "no kernel is loaded for format ", format, " (qpass.kernels.load.ensure loads one)");
+  CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(),
+        "packed must be a contiguous one-dimensional uint8 tensor");
+  const int64_t needed = kernel->packed_bytes(n, k, glu);
+  CHECK(packed.numel() == needed, "packed holds ", packed.numel(), " bytes; n = ", n, ", k = ", k, " need ", needed);
+  return *kernel;
+}
+
+}  // namespace

@@ -1,0 +1,54 @@
+"""Tuning on this machine: the thresholds that a search measured, kept in the kernel cache; the model's where none was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from qpass.cpu import Cpu, Tier
+from qpass.errors import KernelError
+from qpass.kernels import plan
+from qpass.kernels.format import KernelFormat
+from qpass.kernels.plan import Tuning
+from qpass.kernels.store import cache_folder, open_folder
+
+VERSION = 1
+"""Of the file's meaning; another one is ignored."""
+
+
+def _path(format: KernelFormat, cpu: Cpu, tier: Tier) -> Path:
+    machine = "".join(c if c.isalnum() else "-" for c in f"{cpu.name}-{cpu.cores}-{cpu.l2_bytes}")
+    return cache_folder() / "tuning" / f"{format.name}-{tier}-{machine}.json"
+
+
+def tuned(format: KernelFormat, cpu: Cpu, tier: Tier) -> Tuning:
+    """What a search found for this format on this machine, else what the model says. A file that isn't ours is ignored."""
+    try:
+        values = json.loads(_path(format, cpu, tier).read_text())
+        if values.pop("version") == VERSION:
+            found = Tuning(**{name: int(value) for name, value in values.items()})
+            if all(0 <= rows <= plan.NEVER for rows in found):
+                return found
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass
+    return plan.tuning(format, cpu, tier)
+
+
+def is_kept(format: KernelFormat, cpu: Cpu, tier: Tier) -> bool:
+    return _path(format, cpu, tier).exists()
+
+
+def keep(format: KernelFormat, cpu: Cpu, tier: Tier, tuning: Tuning) -> None:
+    """Remember a search's answer. Raises KernelError where the cache can't be written."""
+    path = _path(format, cpu, tier)
+    folder = open_folder(cache_folder()) / "tuning"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
+            json.dump({"version": VERSION, **asdict(tuning)}, file)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise KernelError(f"the kernel cache {folder} can't be written: {error.strerror}; set QPASS_CACHE") from error

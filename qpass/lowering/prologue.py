@@ -1,0 +1,19 @@
+"""Normalization as plain graph nodes, for the lowerings whose kernels have no prologue: Inductor fuses them."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from qpass.ops.prologue import apply_norm_of
+from qpass.ops.quantized_linear import bound_arguments
+
+
+def emit_prologue(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """What the quantized_linear ``node`` multiplies (a16, in x's dtype) or quantizes (a8, fp32): x, normalized if it says so."""
+    args = bound_arguments(node)
+    x: fx.Node = args["x"]
+    if args["norm"] == "none":
+        return x
+    operands = (x, args["rule"], args["norm"], args["norm_weight"], args["norm_bias"], args["norm_eps"])
+    with graph.inserting_before(node):
+        return graph.call_function(apply_norm_of, operands)
