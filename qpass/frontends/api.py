@@ -74,7 +74,10 @@ def _compile_any(model: Any, *, options: Options, arguments: dict[str, Any]) -> 
         return fast
     if callable(model):
         backend = _Backend(options)
-        compiled = torch.compile(model, backend=backend, **arguments)
+        guards = getattr(model, "guard_filter", None)  # of a function that knows what its caller never changes
+        compiled = torch.compile(
+            model, backend=backend, options={"guard_filter_fn": guards} if guards else None, **arguments
+        )
         compiled._qpass_backend = backend  # type: ignore[attr-defined]
         return compiled
     raise OptionError(f"qpass.compile takes an nn.Module, an nn.Module class or a function, not {type(model).__name__}")

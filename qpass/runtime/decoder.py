@@ -93,9 +93,8 @@ class Decoder:
         ``filled`` is the largest position plus one, on the host, so that nothing has to be read back for it.
         """
         cache.check_room(filled - 1, 1)
-        part = cache.first(min(_rounded(filled), cache.length))
         ids = input_ids.flatten()[:, None]
-        return self._run(self.token_step, ids, position, pad, part.keys, part.values)
+        return self._run(self.token_step, ids, position, pad, cache.keys, cache.values)
 
     def _run(self, step: Callable[..., Tensor], *args: Any) -> Tensor:
         before, started = counters["stats"]["unique_graphs"], time.perf_counter()

@@ -43,7 +43,7 @@ class KVCache:
         return cls(
             tuple(torch.zeros(length, batch, s.heads, s.key_dim, dtype=s.dtype) for s in shapes),
             tuple(torch.zeros(length, batch, s.heads, s.value_dim, dtype=s.dtype) for s in shapes),
-        )
+        ).first(length)
 
     @property
     def length(self) -> int:

@@ -83,13 +83,27 @@ def _forward(model: Any, *, last_only: bool) -> Callable[[Tensor, Tensor, Tensor
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own.
+    """The same function with a code object of its own, asking ``qpass.compile`` for few guards.
 
     Dynamo keeps its compiled entries, and their limit, on the code object; closures made by one ``def`` share it, so
     a second model's graphs would count against the first one's limit.
     """
     function.__code__ = function.__code__.replace()
+    function.guard_filter = argument_guards  # type: ignore[attr-defined]
     return function
+
+
+def argument_guards(entries: Sequence[Any]) -> list[bool]:
+    """Of Dynamo's guards, those on a step's arguments and on torch's global state (grad mode, threads, autocast).
+
+    The others, thousands, look every call for a change of the model that a decoder doesn't make: a millisecond a token.
+    """
+
+    def keep(entry: Any) -> bool:
+        argument = entry.guard_type == "TENSOR_MATCH" and not isinstance(entry.value, nn.Parameter)
+        return entry.guard_type in ("GLOBAL_STATE", "SHAPE_ENV") or (argument and not entry.is_global)
+
+    return [keep(entry) for entry in entries]
 
 
 def probe(model: nn.Module) -> list[LayerShape]:

@@ -52,7 +52,8 @@ struct Totals {
       : maxima(memory), sums(memory + ceil_to(rows, kLanes)), values(sums + rows * kLanes) {}
   void clear(int64_t rows, int64_t stride) const {
     for (int64_t i = 0; i < rows; i++) maxima[i] = kLowest;
-    memset(sums, 0, size_t(rows * (kLanes + stride)) * sizeof(float));
+    memset(sums, 0, size_t(rows * kLanes) * sizeof(float));
+    memset(values, 0, size_t(rows * stride) * sizeof(float));
   }
 };
 
