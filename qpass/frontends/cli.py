@@ -129,6 +129,24 @@ def explain(
 
 
 @app.command()
+def kernels(
+    model: Model,
+    scheme: SchemeOption = "w4a16-g128",
+    tokens: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(help="M, tokens at once; may be repeated. By default 1, 8 and 128.", show_default=False),
+    ] = None,
+    exclude: Exclude = None,
+    debug: Debug = False,
+) -> None:
+    """For each distinct linear: how its kernel walks it, the model's time, the clock's, and the share of the limit."""
+    with _spoken(debug):
+        from qpass.frontends.commands import kernels as command
+
+        command.kernels(model, scheme=scheme, exclude=tuple(exclude or ()), tokens=tuple(tokens or (1, 8, 128)))
+
+
+@app.command()
 def profile(
     model: Model,
     scheme: SchemeOption = "w4a16-g128",

@@ -35,21 +35,8 @@ class Explanation:
     def table(self, *, full: bool = False) -> Table:
         """One row a site; layers that differ in their number only share a row unless ``full``."""
         table = Table(title="qpass: what became of each linear", title_justify="left")
-        for column in (
-            "site",
-            "count",
-            "N x K",
-            "scheme",
-            "lowering",
-            "fused",
-            "MB before",
-            "MB after",
-            "ms",
-            "model",
-            "bf16",
-            "notes",
-        ):
-            numeric = column not in ("site", "scheme", "lowering", "fused", "notes")
+        for column in ("site", "count", "N x K", "scheme", "lowering", "fused", "MB before", "MB after", "timed"):
+            numeric = column in ("count", "N x K", "MB before", "MB after")
             table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
         for record, count in _rows(self.records, full):
             table.add_row(
@@ -61,16 +48,11 @@ class Explanation:
                 " ".join(record.fused) or "-",
                 f"{count * record.bytes_before / 1e6:.2f}",
                 f"{count * record.bytes_after / 1e6:.2f}",
-                f"{record.measured_ms:.2f}" if record.measured_ms is not None else "-",
-                f"{record.predicted_ms:.2f}" if record.predicted_ms is not None else "-",
-                f"{record.dense_ms:.2f}" if record.dense_ms is not None else "-",
-                "; ".join(record.notes),
+                _timed(record),
             )
         table.add_section()
         before, after = self.bytes_before / 1e6, self.bytes_after / 1e6
-        table.add_row(
-            "all linears", str(len(self.records)), "", "", "", "", f"{before:.2f}", f"{after:.2f}", "", "", "", ""
-        )
+        table.add_row("all linears", str(len(self.records)), "", "", "", "", f"{before:.2f}", f"{after:.2f}", "")
         return table
 
     def __rich__(self) -> Table:
@@ -88,10 +70,13 @@ class Explanation:
         return capture.get()
 
     def footnotes(self) -> Iterator[str]:
-        """What was left as it is, and what the graphs cost."""
+        """Refusals, what was left as it is, and what the graphs cost."""
+        for record, count in _rows(self.records, full=False):
+            for note in record.notes:
+                yield f"{record.name}{f' (x{count})' if count > 1 else ''}: {note}"
         reasons: dict[tuple[str, str], int] = {}
         for name, reason in self.left.items():
-            key = (_numberless(name), reason)
+            key = (numberless(name), reason)
             reasons[key] = reasons.get(key, 0) + 1
         for (name, reason), count in reasons.items():
             yield f"left as it is: {name}{f' (x{count})' if count > 1 else ''}: {reason}"
@@ -136,7 +121,18 @@ def _options_of(module: nn.Module) -> Any:
     return getattr(callback, "kwargs", {}).get("options")
 
 
-def _numberless(name: str) -> str:
+def _timed(record: SiteRecord) -> str:
+    """One call alone, at compilation: as it was, and as it is now; what the model predicts; bytes read a second."""
+    if record.measured_ms is None:
+        return "-"
+    was = "" if record.dense_ms is None else f"{record.dense_ms:.2f} -> "
+    rate = f", {record.bytes_after / record.measured_ms / 1e6:.0f} GB/s" if record.m <= 16 else ""
+    predicted = "" if record.predicted_ms is None else f" (model {record.predicted_ms:.2f}{rate})"
+    return f"M = {record.m}: {was}{record.measured_ms:.2f} ms{predicted}"
+
+
+def numberless(name: str) -> str:
+    """A module's name with a star for each layer's number."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
@@ -146,6 +142,6 @@ def _rows(records: tuple[SiteRecord, ...], full: bool) -> Iterator[tuple[SiteRec
         return
     counts: dict[SiteRecord, int] = {}
     for record in records:
-        key = replace(record, names=(), name=_numberless(record.name))
+        key = replace(record, names=(), name=numberless(record.name))
         counts[key] = counts.get(key, 0) + 1
     yield from counts.items()

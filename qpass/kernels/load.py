@@ -7,20 +7,26 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from qpass.cpu import Cpu, Tier, detect
 from qpass.errors import KernelError
 from qpass.kernels.format import KernelFormat
 from qpass.kernels.plan import Tuning
-from qpass.kernels.source import binding_unit, kernel_unit
+from qpass.kernels.source import binding_unit, extras, kernel_unit
 from qpass.kernels.store import obtain
 from qpass.kernels.tuning import tuned
 
 _lock = threading.RLock()
 _binding: ctypes.CDLL | None = None
 _libraries: dict[Path, ctypes.CDLL] = {}  # opened once, never closed: their code may be running
-_tunings: dict[int, Tuning] = {}
-_registered: dict[int, tuple[Tier, bool]] = {}  # format number -> (tier, emulated)
+_registered: dict[int, _Registered] = {}  # by format number
+
+
+class _Registered(NamedTuple):
+    target: tuple[Tier, bool, tuple[str, ...]]  # tier, emulated, extra instructions
+    path: Path
+    tuning: Tuning
 
 
 def ensure(*formats: KernelFormat, cpu: Cpu | None = None, tier: Tier | None = None, emulate: bool = False) -> None:
@@ -29,29 +35,29 @@ def ensure(*formats: KernelFormat, cpu: Cpu | None = None, tier: Tier | None = N
     ``tier`` and ``emulate`` are for tests: without them each format gets the machine's best kernel, once.
     """
     cpu = cpu or detect()
-    wanted = (tier or cpu.tier, emulate)
+    tier = tier or cpu.tier
+    target = (tier, emulate, extras(cpu, tier))
     with _lock:
-        missing = [f for f in dict.fromkeys(formats) if _registered.get(f.number) != wanted]
+        known = {number: kernel.target for number, kernel in _registered.items()}
+        missing = [f for f in dict.fromkeys(formats) if known.get(f.number) != target]
         if not missing and _binding is not None:
             return
-        binding = _load_binding()
-        for format, path in zip(missing, _obtain(missing, cpu, *wanted), strict=True):
-            _register(binding, format, path, tuned(format, cpu, wanted[0]))
-            _registered[format.number] = wanted
+        _load_binding()
+        for format, path in zip(missing, _obtain(missing, cpu, tier, emulate), strict=True):
+            _register(format, _Registered(target, path, tuned(format, cpu, tier)))
 
 
 def tuning_of(format: KernelFormat) -> Tuning:
     """How calls of a format that :func:`ensure` loaded are walked now."""
-    return _tunings[format.number]
+    return _registered[format.number].tuning
 
 
 def retune(format: KernelFormat, tuning: Tuning, cpu: Cpu | None = None) -> None:
     """Walk calls of ``format`` by ``tuning`` from now on: for the search, and for tests that want one path."""
-    ensure(format, cpu=cpu)
     with _lock:
-        cpu = cpu or detect()
-        path = obtain(kernel_unit(format, cpu, _registered[format.number][0], emulate=_registered[format.number][1]))
-        _register(_load_binding(), format, path, tuning)
+        if format.number not in _registered:
+            ensure(format, cpu=cpu)
+        _register(format, _registered[format.number]._replace(tuning=tuning))
 
 
 def _obtain(formats: Iterable[KernelFormat], cpu: Cpu, tier: Tier, emulate: bool) -> list[Path]:
@@ -76,13 +82,14 @@ def _load_binding() -> ctypes.CDLL:
     return _binding
 
 
-def _register(binding: ctypes.CDLL, format: KernelFormat, path: Path, tuning: Tuning) -> None:
-    library = open_library(path)
+def _register(format: KernelFormat, kernel: _Registered) -> None:
+    library = open_library(kernel.path)
     library.qpass_kernel.restype = ctypes.c_void_p
-    _tunings[format.number] = tuning
-    problem = binding.qpass_register(library.qpass_kernel(), *tuning)
+    problem = _load_binding().qpass_register(library.qpass_kernel(), *kernel.tuning)
     if problem:
-        raise KernelError(f"{path}: its table has a wrong {'version' if problem == 2 else 'format'} for {format}")
+        kind = "version" if problem == 2 else "format"
+        raise KernelError(f"{kernel.path}: its table has a wrong {kind} for {format}")
+    _registered[format.number] = kernel
 
 
 def open_library(path: Path) -> ctypes.CDLL:

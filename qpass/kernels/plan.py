@@ -77,6 +77,7 @@ class Plan:
     multiplies: int
     memory_seconds: float
     compute_seconds: float
+    limit_seconds: float  # the memory at its full rate or the dot products at theirs, whichever takes longer
     seconds: float
 
     @property
@@ -167,16 +168,19 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
     prepare = shape.m * k / LANES * PREPARE_OPS[kind] / rates.vector_ops * (cpu.cores if shape.m == 1 else 1)
     finish = shape.m * n / LANES * EPILOGUE_OPS / rates.vector_ops
     busy = (memory**OVERLAP + (compute * idle) ** OVERLAP) ** (1 / OVERLAP)
+    peak = max(rates.int8_macs, rates.int8_tile_macs) if kind == "a8" else max(rates.bf16_macs, rates.bf16_tile_macs)
+    multiplies = shape.m * shape.n * shape.k
     return Plan(
-        tier,
-        path,
-        rows,
-        blocking(cpu),
-        moved,
-        shape.m * shape.n * shape.k,
-        memory,
-        compute,
-        CALL_SECONDS + prepare + busy + finish,
+        tier=tier,
+        path=path,
+        tile_rows=rows,
+        blocking=blocking(cpu),
+        weight_bytes=moved,
+        multiplies=multiplies,
+        memory_seconds=memory,
+        compute_seconds=compute,
+        limit_seconds=max(moved / rates.read_bytes, multiplies / peak),
+        seconds=CALL_SECONDS + prepare + busy + finish,
     )
 
 

@@ -24,7 +24,7 @@ _TIER_FLAGS: dict[Tier, tuple[str, ...]] = {
 }
 
 _EXTRAS = {"avx512_bf16": "-mavx512bf16", "avx512vbmi": "-mavx512vbmi", "gfni": "-mgfni"}
-"""Used from AVX-512 VNNI on, where the CPU has them."""
+"""Flags of what a CPU may have beyond AVX-512 VNNI."""
 
 COMMON_FLAGS = (
     "-std=c++20",
@@ -66,13 +66,15 @@ def kernel_unit(format: KernelFormat, cpu: Cpu, tier: Tier | None = None, *, emu
     return Unit(f"{format.name}-{tier}", text, (*COMMON_FLAGS, *flags), tuple(sorted(HEADERS.glob("*.h"))))
 
 
+def extras(cpu: Cpu, tier: Tier) -> tuple[str, ...]:
+    """What the CPU has beyond the tier's needs and the kernels use."""
+    return tuple(name for name in _EXTRAS if name in cpu.isa) if tier in ("avx512_vnni", "amx") else ()
+
+
 def _tier_flags(cpu: Cpu, tier: Tier) -> list[str]:
     if tier not in _TIER_FLAGS:
         raise ValueError(f"there are no kernels for tier {tier}")
-    flags = list(_TIER_FLAGS[tier])
-    if tier in ("avx512_vnni", "amx"):
-        flags += [flag for name, flag in _EXTRAS.items() if name in cpu.isa and flag not in flags]
-    return flags
+    return list(dict.fromkeys((*_TIER_FLAGS[tier], *(_EXTRAS[name] for name in extras(cpu, tier)))))
 
 
 def rates_unit(cpu: Cpu) -> Unit:

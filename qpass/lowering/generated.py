@@ -1,4 +1,4 @@
-"""The kernels that qpass makes for this CPU: int4 and int8, any M, prologue and epilogue inside."""
+"""The kernels that qpass makes for this CPU: codes of 2, 3, 4 and 8 bits, any M, prologue and epilogue inside."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from qpass.cpu import Cpu
 from qpass.errors import KernelError
 from qpass.kernels import load, plan, tuning
 from qpass.kernels.build import find_compiler
+from qpass.kernels.format import KernelFormat
 from qpass.kernels.pack import pack, scale_bytes
-from qpass.kernels.plan import KernelFormat
 from qpass.kernels.rates import measured_rates
 from qpass.kernels.search import search
 from qpass.lowering.site import Site
@@ -32,7 +32,7 @@ class Generated:
         if weight is None:
             return "serves quantized weights only"
         if cpu.tier not in plan.SERVED:
-            return f"needs AVX-512 VNNI or AMX; this CPU is {cpu.name} with tier {cpu.tier}"
+            return f"needs AVX2 with FMA, F16C and BMI2, or better; this CPU is {cpu.name} with tier {cpu.tier}"
         if site.dtype not in DTYPES:
             return f"serves float32, bfloat16 and float16, not {str(site.dtype).removeprefix('torch.')}"
         try:

@@ -221,8 +221,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "error", "words"),
         [
-            ({"scheme": "w5a16"}, SchemeError, ["w5a16", "w4a16-g<32|64|128>"]),
-            ({"scheme": "w4a16-g48"}, SchemeError, ["48", "32, 64, 128"]),
+            ({"scheme": "w5a16"}, SchemeError, ["w5a16", "-g<16|32|64|128>"]),
+            ({"scheme": "w4a16-g48"}, SchemeError, ["48", "16, 32, 64, 128"]),
             ({"scheme": 4}, SchemeError, ["int"]),
             ({"scheme": {"nothing.*": "w8a16"}}, OptionError, ["nothing.*", "blocks.0.down"]),
             ({"exclude": ["lm_head"]}, OptionError, ["lm_head", "head"]),

@@ -1,4 +1,4 @@
-"""Kernels are built once, in parallel, and this machine's own ones serve again when a test is over."""
+"""Kernels are built once, in parallel, and those that served before serve again when a test is over."""
 
 from __future__ import annotations
 
@@ -6,22 +6,31 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_cases import FORMATS, HAS_AMX, SERVES, TIERS
+from kernel_cases import CPU, SERVES, use
 
 from qpass.kernels import load
+from qpass.kernels.format import KernelFormat
 
 
 @pytest.fixture(scope="session", autouse=True)
-def built() -> None:
+def built(request: pytest.FixtureRequest) -> None:
+    """What the tests of this run ask for by their parameters; the machine's own tier last, so that it stays."""
+    wanted: dict[str, dict[KernelFormat, None]] = {}
+    for item in request.session.items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if isinstance(parameters.get("format"), KernelFormat):
+            wanted.setdefault(parameters.get("tier", CPU.tier), {})[parameters["format"]] = None
     if SERVES:
-        for tier in reversed(TIERS):
-            load.ensure(*FORMATS, tier=tier, emulate_amx=tier == "amx" and not HAS_AMX)  # type: ignore[arg-type]
+        for tier in sorted(wanted, key=lambda tier: tier == CPU.tier):
+            use(*wanted[tier], tier=tier)
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     torch.manual_seed(0)
+    before = dict(load._registered)
     with torch.no_grad():
         yield
-    if SERVES:
-        load.ensure(*FORMATS)
+    for number, kernel in before.items():
+        if load._registered[number] != kernel:
+            load._register(KernelFormat.of(number), kernel)

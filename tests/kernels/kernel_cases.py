@@ -6,42 +6,89 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 
 import qpass.ops  # noqa: F401
-from qpass.cpu import Tier, detect
+from qpass.cpu import Cpu, Tier, detect
 from qpass.kernels import load
-from qpass.kernels.format import BITS, GROUPS, KernelFormat
+from qpass.kernels.format import BITS, GROUPS, RULES, KernelFormat
 from qpass.kernels.pack import pack
 from qpass.kernels.plan import SERVED
 
 CPU = detect()
 SERVES = CPU.tier in SERVED
 
-FORMATS = [
-    KernelFormat(bits, group, rule, 2 if group else 4)
-    for bits, group, rule in itertools.product(sorted(BITS), GROUPS, ("a16", "a8-token", "a8-token-group"))
-    if group or rule != "a8-token-group"
-]
+PLAIN = "avx512_vnni-plain"
+"""AVX-512 VNNI without BF16, VBMI and GFNI: Cascade Lake."""
 
-EMULATED = {"avx_vnni": "avx512_vnni", "amx": "avx512_vnni"}
+_PLAIN_CPU = replace(CPU, isa=CPU.isa - {"avx512_bf16", "avx512vbmi", "gfni"})
+
+EMULATED: dict[Tier, Tier] = {"avx_vnni": "avx512_vnni", "amx": "avx512_vnni"}
 """What a machine without the tier needs to run its emulation."""
 
 TIERS = [tier for tier in SERVED if CPU.runs(tier) or CPU.runs(EMULATED.get(tier, tier))]
 """Those whose code, real or emulated, runs here."""
 
+
+def _format(bits: int, group: int | None, rule: str) -> KernelFormat:
+    return KernelFormat(bits, group, "a8-token" if rule == "a8-token-group" and not group else rule, 2 if group else 4)
+
+
+FORMATS = list(
+    dict.fromkeys(_format(bits, group, rule) for bits, group, rule in itertools.product(sorted(BITS), GROUPS, RULES))
+)
+"""Every bits x group x rule."""
+
+
+def covering(turn: int) -> list[KernelFormat]:
+    """Twenty formats with every pair of (bits, group), (bits, rule) and (group, rule): a Latin square of rules."""
+    return [
+        _format(bits, group, RULES[(b + g + turn) % len(RULES)])
+        for (b, bits), (g, group) in itertools.product(enumerate(sorted(BITS)), enumerate(GROUPS))
+    ]
+
+
+def _cases() -> list[tuple[KernelFormat, str]]:
+    """What the slow tests run: every format on AVX-512 VNNI; on each other tier a covering, whose turns differ so that
+    all formats but a few meet one of them; without BF16 and VBMI only what they change, a16.
+
+    A unit costs two seconds to compile, which is nearly all that these tests cost. Several formats in one unit would
+    not be faster (measured: four in 8.3 s, one by one 8.6 s)."""
+    chosen: dict[str, list[KernelFormat]] = {
+        "avx2": covering(0),
+        "avx_vnni": covering(1),
+        "avx512": covering(2),
+        PLAIN: [_format(bits, group, "a16") for bits, group in zip(sorted(BITS), GROUPS[1:], strict=True)],
+        "avx512_vnni": FORMATS,
+        "amx": covering(3),
+    }
+    return [(f, tier) for tier, formats in chosen.items() if tier.removesuffix("-plain") in TIERS for f in formats]
+
+
+CASES = _cases()
+A8_CASES = [(format, tier) for format, tier in CASES if format.rule != "a16"]
+
 BARS = {torch.bfloat16: 45.0, torch.float16: 60.0, torch.float32: 100.0}
+
+X_SCALE = 0.03
+"""The static scale of a8-static's cases: normal inputs reach 150 of it, so that some are clamped."""
 
 
 def name_of(format: KernelFormat) -> str:
     return format.name
 
 
-def use(*formats: KernelFormat, tier: Tier | None = None) -> None:
+def over(cases: list[tuple[KernelFormat, str]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("format", "tier"), cases, ids=[f"{tier}-{format.name}" for format, tier in cases])
+
+
+def use(*formats: KernelFormat, tier: str = CPU.tier) -> None:
     """Serve these formats with the kernels of ``tier`` (the machine's own by default) from now on."""
-    tier = tier or CPU.tier
-    load.ensure(*formats, tier=tier, emulate=not CPU.runs(tier))
+    cpu: Cpu = _PLAIN_CPU if tier == PLAIN else CPU
+    real: Tier = tier.removesuffix("-plain")  # type: ignore[assignment]
+    load.ensure(*formats, cpu=cpu, tier=real, emulate=not CPU.runs(real))
 
 
 @dataclass
@@ -82,9 +129,12 @@ class Weight:
         return replace(self, zeros=zeros)
 
 
-def quantized(x: Tensor, format: KernelFormat) -> tuple[Tensor, Tensor]:
+def quantized(x: Tensor, format: KernelFormat, x_scale: float = X_SCALE) -> tuple[Tensor, Tensor]:
     """The int8 values [M, K] and their scales [M, K], both fp32, of an a8 rule."""
     k = x.shape[1]
+    if format.rule == "a8-static":
+        scale = torch.full_like(x, x_scale, dtype=torch.float32)
+        return (x.float() * (torch.ones_like(scale) / scale)).round().clamp(-127, 127), scale
     length = k if format.rule == "a8-token" else format.group
     assert length is not None
     padded = torch.nn.functional.pad(x.float(), (0, -k % length)).view(x.shape[0], -1, length)
@@ -96,11 +146,11 @@ def quantized(x: Tensor, format: KernelFormat) -> tuple[Tensor, Tensor]:
     return values.reshape(x.shape[0], -1)[:, :k], scales.reshape(x.shape[0], -1)[:, :k]
 
 
-def product(x: Tensor, weight: Weight) -> Tensor:
+def product(x: Tensor, weight: Weight, x_scale: float = X_SCALE) -> Tensor:
     """fp64 [M, N]: x, as the activation rule sees it, times the weight."""
     if weight.format.rule == "a16":
         return x.double() @ weight.dense().t()
-    values, scales = quantized(x, weight.format)
+    values, scales = quantized(x, weight.format, x_scale)
     return (values.double() * scales.double()) @ weight.dense().t()
 
 
@@ -117,6 +167,8 @@ def run(
 ) -> Tensor:
     n, k = weight.shape
     packed = weight.packed() if packed is None else packed
+    if weight.format.rule == "a8-static":
+        prologue.setdefault("x_scale", X_SCALE)
     return torch.ops.qpass.packed_linear(
         x, packed, bias, mul, residual, n, k, weight.format.number, activation, weight.glu, **prologue
     )

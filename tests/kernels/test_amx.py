@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from qpass.cpu import detect
-from qpass.kernels.plan import KernelFormat
+from qpass.kernels.format import KernelFormat
 from qpass.kernels.source import kernel_unit
 from qpass.kernels.store import obtain
 
@@ -17,7 +17,8 @@ from qpass.kernels.store import obtain
 @pytest.mark.parametrize(
     ("format", "instruction"),
     [(KernelFormat(4, 128, "a8-token-group", 2), "tdpbsud"), (KernelFormat(8, None, "a8-token", 4), "tdpbsud"),
-     (KernelFormat(4, 32, "a16", 2), "tdpbf16ps")],
+     (KernelFormat(4, 32, "a16", 2), "tdpbf16ps"), (KernelFormat(3, 16, "a8-token", 2), "tdpbsud"),
+     (KernelFormat(2, 16, "a16", 2), "tdpbf16ps")],
 )  # fmt: skip
 def test_the_real_instructions_are_there(format: KernelFormat, instruction: str) -> None:
     path = obtain(kernel_unit(format, detect(), "amx"))

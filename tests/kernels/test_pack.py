@@ -7,8 +7,8 @@ import torch
 from kernel_cases import FORMATS, Weight, name_of
 
 from qpass.algorithms.rtn import rtn
+from qpass.kernels.format import KernelFormat
 from qpass.kernels.pack import pack, scale_bytes, unpack
-from qpass.kernels.plan import KernelFormat
 from qpass.scheme import Format
 
 
@@ -26,6 +26,40 @@ def test_round_trip(format: KernelFormat) -> None:
             assert torch.equal(codes, weight.codes)
             assert torch.equal(scales, weight.scales)
             assert torch.equal(zeros, weight.zeros)
+
+
+def placed(format: KernelFormat, n: int, k: int, code: int) -> dict[int, int]:
+    """The bytes of a packed [64, 128] weight that one code is found in."""
+    codes = torch.zeros(64, 128, dtype=torch.uint8)
+    codes[n, k] = code
+    groups = format.groups(128)
+    packed = pack(codes, torch.ones(64, groups), torch.zeros(64, groups, dtype=torch.uint8), format)
+    empty = pack(codes * 0, torch.ones(64, groups), torch.zeros(64, groups, dtype=torch.uint8), format)
+    return {int(i): int(packed[i]) for i in (packed != empty).nonzero().view(-1)}
+
+
+def test_int2_bytes() -> None:
+    """Output 17 is lane 1 of vector 1; input 106 is k4-step 10 of chunk 1: row 2, its third bit pair."""
+    format = KernelFormat(2, 128, "a16", 2)
+    assert placed(format, 17, 106, 2) == {(1 * 4 + 1) * 256 + 2 * 64 + 1 * 4 + 2: 2 << 4}
+
+
+def test_int3_bytes() -> None:
+    """As with 2 bits, three rows for two; the second row's third bits lie two below the first's."""
+    format = KernelFormat(3, 128, "a16", 2)
+    chunk, byte = (1 * 4 + 1) * 384, 1 * 4 + 2
+    second = chunk + 3 * 64  # of the pairs of rows
+    assert placed(format, 17, 106, 6) == {second + byte: 2 << 4, second + 128 + byte: 1 << 6}
+    assert placed(format, 17, 122, 7) == {second + 64 + byte: 3 << 4, second + 128 + byte: 1 << 4}
+    assert placed(format, 17, 64 + 4, 4) == {chunk + 128 + 4: 1 << 3}
+
+
+def test_int3_rows_of_neighboring_vectors_share_their_third_bits() -> None:
+    """In groups of 16 a vector has one row: output 17 the second of the first three, output 1 the first."""
+    format = KernelFormat(3, 16, "a16", 2)
+    assert placed(format, 1, 5, 5) == {4 + 1: 1 << 2, 128 + 4 + 1: 1 << 3}
+    assert placed(format, 17, 5, 5) == {64 + 4 + 1: 1 << 2, 128 + 4 + 1: 1 << 1}
+    assert placed(format, 33, 15, 4) == {192 + 128 + 4 + 3: 1 << 7}
 
 
 def test_int4_bytes() -> None:

@@ -1,0 +1,74 @@
+"""The linear layers of a model as the passes see them, without its weights: traced on tensors that have shapes only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qpass.algorithms.rtn import rtn
+from qpass.assignment import Assignment
+from qpass.cpu import detect
+from qpass.errors import UnsupportedError
+from qpass.frontends.hf import locate
+from qpass.lowering.site import Site
+from qpass.lowering.store import WeightStore
+from qpass.passes import PIPELINE
+from qpass.passes.context import Context
+from qpass.passes.lower import lower
+from qpass.passes.runner import run
+
+
+def sites_of(source: str, scheme: Any, exclude: Sequence[str] = ()) -> list[Site]:
+    """Every quantized linear of the model named ``source``, merged as its graphs have it, in graph order.
+
+    Raises OptionError and SchemeError for what was asked, UnsupportedError for a model that can't be traced.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name, extra = locate(source)
+    assignment = Assignment.make(scheme, exclude)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **extra), dtype=torch.bfloat16).eval()
+    found: list[Site] = []
+
+    def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        parameters: dict[str, Tensor] = {
+            node.name: value
+            for node, value in zip(placeholders, example_inputs, strict=True)
+            if isinstance(value, nn.Parameter)
+        }
+        ctx = Context(
+            parameters=parameters,
+            scheme_of=assignment,
+            cpu=detect(),
+            weights=WeightStore(algorithm=rtn),
+            check_names=assignment.check,
+        )
+        rewritten, _ = run(gm, ctx, [step for step in PIPELINE if step is not lower])
+        for node in rewritten.graph.find_nodes(op="call_function", target=torch.ops.qpass.quantized_linear.default):
+            refs = node.meta["qpass_refs"]
+            found.append(
+                Site(
+                    node.meta["qpass_names"],
+                    sum(ref.shape[0] for ref in refs),
+                    refs[0].shape[1],
+                    node.meta["qpass_scheme"],
+                    torch.bfloat16,
+                    bool(node.kwargs.get("glu", False)),
+                )
+            )
+        return gm.forward
+
+    try:
+        with torch.no_grad():
+            torch.compile(model, backend=collect, dynamic=False)(
+                torch.zeros(1, 4, dtype=torch.int64, device="meta"), use_cache=False
+            )
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnsupportedError(f"{source} could not be traced without its weights: {first}") from error
+    return found
