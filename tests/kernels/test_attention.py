@@ -44,7 +44,9 @@ def native() -> None:
 class Case:
     """Random queries over a cache stored as the runtime stores it, token first."""
 
-    def __init__(self, batch=1, heads=4, shared=2, queries=5, slots=100, width=64, value_width=None, dtype=torch.bfloat16):
+    def __init__(
+        self, batch=1, heads=4, shared=2, queries=5, slots=100, width=64, value_width=None, dtype=torch.bfloat16
+    ):
         self.q = torch.randn(batch, heads, queries, width).to(dtype)
         self.k = torch.randn(slots, batch, shared, width).to(dtype).permute(1, 2, 0, 3)
         self.v = torch.randn(slots, batch, shared, value_width or width).to(dtype).permute(1, 2, 0, 3)
@@ -151,7 +153,9 @@ def test_the_plain_torch_meaning_is_the_same() -> None:
 @pytest.mark.parametrize("kind", ["bf16", "fp32", "int8", "mqa"])
 def test_a_row_has_the_same_bits_whatever_is_computed_with_it(unit, kind) -> None:
     """64 queries at once, and in every other split; each row of the batch alone; one, two and three threads."""
-    case = Case(3, 12, 1 if kind == "mqa" else 2, 64, 700, 80, dtype=torch.float32 if kind == "fp32" else torch.bfloat16)
+    case = Case(
+        3, 12, 1 if kind == "mqa" else 2, 64, 700, 80, dtype=torch.float32 if kind == "fp32" else torch.bfloat16
+    )
     case.span = causal(3, 64, 700, window=500)
     case.span[0, ..., 0] = 0
     if kind == "int8":
@@ -199,7 +203,11 @@ def test_any_strides(native) -> None:
     case = Case(2, 4, 2, 6, 90, 32)
     wanted = case.run()
     q, k, v = case.q, case.k, case.v
-    forms = [lambda t: t.contiguous(), lambda t: t.mT.contiguous().mT, lambda t: torch.cat([t, t], 3)[..., : t.shape[3]]]
+    forms = [
+        lambda t: t.contiguous(),
+        lambda t: t.mT.contiguous().mT,
+        lambda t: torch.cat([t, t], 3)[..., : t.shape[3]],
+    ]
     for a, b, c in itertools.product(forms, repeat=3):
         case.q, case.k, case.v = a(q), b(k), c(v)
         assert torch.equal(case.run(), wanted)
