@@ -36,7 +36,8 @@ UNPACK_OPS = {
     (3, "a16"): 2.5,  # select, shift, lookup
     (2, "a16"): 1.75,
 }
-FOLD_OPS = {"a16": 5.0, "a8": 6.0}  # a finished group into 16 totals: convert, zero, scale, add, load, store
+FOLD_OPS = 7.0  # a finished group into 16 totals: convert, zero, scale, add, load, store; measured on Zen 4, 2026-11
+DOT_EFFICIENCY = 0.92  # of the peak inside a tile: its loop, and the loads that begin it; measured on Zen 4, 2026-11
 LOAD_OPS = 0.5  # a load of 64 bytes beside arithmetic: two a cycle on every core since Haswell
 PREPARE_OPS = {"a16": 12.0, "a8": 14.0}  # 16 inputs: widen, (largest, scale, round, narrow), sum, store
 EPILOGUE_OPS = 10.0  # 16 outputs: load, bias, round, store
@@ -145,22 +146,23 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
     dots = operands * shape.m
     segment = format.group or SEGMENT[kind]
     folds = shape.m * n / LANES * -(-k // segment)
-    ops = folds * FOLD_OPS[kind]
+    folding = folds * FOLD_OPS / rates.vector_ops  # behind the tile that it closes: nothing to overlap with
     unpacking = operands * UNPACK_OPS[format.bits, kind]
     if path == "tiles":
         unpacked = unpacking + 2 * LOAD_OPS * operands
         rate = rates.int8_tile_macs if kind == "a8" else rates.bf16_tile_macs
         padded = passes * rows / shape.m if shape.m >= rows else 1.0  # the last tile's empty rows are multiplied too
         dot_seconds = dots * macs_of_dot * padded / max(rate, 1.0)
-        vector_seconds = (ops + (unpacked if format.unpacks else 0.0)) / rates.vector_ops
-        compute = dot_seconds + vector_seconds  # tiles wait for the panel, and the fold for the tiles
+        vector_seconds = unpacked / rates.vector_ops if format.unpacks else 0.0
+        compute = dot_seconds + vector_seconds + folding  # tiles wait for the panel, and the fold for the tiles
     else:
         loads = operands * LOAD_OPS * ((1 + passes) if path == "panel" else passes)
         times = 1 if path in ("panel", "linear") else passes
         rate = (rates.int8_macs if kind == "a8" else rates.bf16_macs) / macs_of_dot
         height = min(shape.m, rows)
         starved = max(1.0, DOT_LATENCY[kind] / (height * (1 if path == "linear" else 4)))  # too few sums in flight
-        compute = max(dots / rate * starved, (dots + unpacking * times + loads + ops) / rates.vector_ops)
+        multiplying = dots / rate / DOT_EFFICIENCY * starved
+        compute = max(multiplying, (dots + unpacking * times + loads) / rates.vector_ops) + folding
     moved = format.packed_bytes(shape.n, shape.k, shape.glu)
     memory = moved / (rates.read_bytes * (LINEAR_READ if path == "linear" else STREAM_READ))
     tasks = format.blocks(shape.n, shape.glu) // (2 if shape.glu else 1) * -(-shape.m // blocking(cpu).task_rows)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
 from qpass.kernels import load
+from qpass.kernels.format import KernelFormat
 from qpass.kernels.pack import pack
-from qpass.kernels.plan import KernelFormat
 from qpass.scheme import Scheme
 
 COPIES_BYTES = 200 << 20

@@ -6,7 +6,8 @@ import pytest
 import torch
 from kernel_cases import BARS, SERVES, Weight, name_of, product, run, sqnr_db, use
 
-from qpass.kernels.plan import ACTIVATIONS, KernelFormat
+from qpass.kernels.format import KernelFormat
+from qpass.kernels.plan import ACTIVATIONS
 from qpass.ops.epilogue import ACTIVATIONS as MEANING
 
 pytestmark = pytest.mark.skipif(not SERVES, reason="needs AVX2")

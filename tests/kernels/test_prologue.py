@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import BARS, SERVES, Weight, name_of, product, run, sqnr_db, use
+from kernel_cases import BARS, SERVES, TIERS, Weight, name_of, product, run, sqnr_db, use
 from torch import Tensor
 
 from qpass.kernels.format import KernelFormat
@@ -105,3 +105,15 @@ def test_a_bad_static_scale_is_refused(scale: float | None) -> None:
     use(format)
     with pytest.raises(RuntimeError, match=r"needs an x_scale|x_scale must be positive and finite"):
         run(torch.randn(2, 96), Weight.random(70, 96, format), x_scale=scale)
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+def test_tiers_agree_in_every_bit(norm: int) -> None:
+    """Sums have the same order on every instruction set, and integer products are exact."""
+    format_ = KernelFormat(8, None, "a8-token", 4)
+    weight, x, scale = Weight.random(70, 130, format_), torch.randn(9, 130).bfloat16(), torch.rand(130)
+    results = []
+    for tier in TIERS:
+        use(format_, tier=tier)
+        results.append(run(x, weight, norm=norm, norm_weight=scale, norm_eps=1e-6))
+    assert all(torch.equal(results[0], result) for result in results)

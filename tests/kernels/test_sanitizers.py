@@ -27,11 +27,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("format", "tier"), CASES, ids=[f"{name_of(f)}-{tier}" for f, tier in CASES])
-def test_exact_buffers(format: KernelFormat, tier: Tier, tmp_path: pathlib.Path) -> None:
-    if tier not in TIERS:
-        pytest.skip(f"this machine can't run {tier}")
-    unit = kernel_unit(format, detect(), tier)
+@pytest.mark.parametrize(("unit_format", "unit_tier"), CASES, ids=[f"{name_of(f)}-{tier}" for f, tier in CASES])
+def test_exact_buffers(unit_format: KernelFormat, unit_tier: Tier, tmp_path: pathlib.Path) -> None:
+    if unit_tier not in TIERS:
+        pytest.skip(f"this machine can't run {unit_tier}")
+    unit = kernel_unit(unit_format, detect(), unit_tier)
     (tmp_path / "unit.cpp").write_text(unit.text)
     skipped = ("-O3", "-fPIC", "-shared", "-fvisibility=hidden")
     flags = [flag for flag in unit.flags if flag not in skipped]

@@ -54,6 +54,9 @@ def test_scaled_addition_stays():
         lambda x, y: x.type_as(y) - y,
         lambda x, y: x.view(4, 6) - y,
         lambda x, y: x.reshape(-1, 6) - y,
+        lambda x, y: x[:] - y,
+        lambda x, y: x[0:, :6] - y,
+        lambda x, y: x[..., -6:] - y,
     ],
 )
 def test_a_node_that_does_nothing_goes(function):
@@ -68,6 +71,10 @@ def test_a_node_that_does_nothing_goes(function):
         (lambda x, y: x.to(torch.float32, copy=True) - y, "to"),
         (lambda x, y: x.double() - y, "double"),
         (lambda x, y: x.view(6, 4) - y.view(6, 4), "view"),
+        (lambda x, y: x[1:] - y[1:], operator.getitem),
+        (lambda x, y: x[::1, ::2] - y[:, :3], operator.getitem),
+        (lambda x, y: x[None, :] - y, operator.getitem),
+        (lambda x, y: x[torch.arange(3, -1, -1)] - y, operator.getitem),
         (lambda x, y: F.dropout(x, 0.5, training=True) * 0 - y, F.dropout),
     ],
 )

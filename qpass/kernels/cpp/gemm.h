@@ -9,8 +9,8 @@
 
 namespace qpass {
 
-// Where a tile's weights come from: packed codes on their way from memory, read in the order they lie in or with vectors
-// abreast; packed codes in the cache; an unpacked panel.
+// Where a tile's weights come from: packed codes on their way from memory, read in the order they lie in or with
+// vectors abreast; packed codes in the cache; an unpacked panel.
 enum Source { kLinear, kStream, kCached, kPanel };
 
 // Into the L2 cache: aimed at L1, the few line fill buffers of a core would hold a thread to half of the memory's
@@ -22,15 +22,39 @@ QPASS_INLINE void prefetch_row(const uint8_t* chunk, int row) {
   for (int line = F::lines(row); line < F::lines(row + 1); line++) prefetch(chunk + line * kRow);
 }
 
-// One segment of one group as a tile sees it; `total` and `x` belong to row 0 of the task.
+// One segment of one group.
 struct Segment {
-  const uint8_t* weights;  // packed codes or the panel
+  const uint8_t* codes;
   const uint8_t* scales;
   const uint8_t* zeros;
   int chunks;
   bool first, last;  // of its group
-  int64_t index, group;
+  int64_t group;
 };
+
+template <class F>
+QPASS_INLINE Segment segment_of(const uint8_t* block, int64_t k, int64_t segments, int64_t i) {
+  const int64_t group = F::grouped ? i : 0;
+  const uint8_t* record = block + group * F::group_bytes(k);
+  const uint8_t* codes = record + (F::grouped ? 0 : i * F::segment_chunks * F::chunk_bytes);
+  const uint8_t* scales = record + F::group_codes(k);
+  const int64_t left = F::padded_k(k) / F::chunk - i * F::segment_chunks;
+  const int chunks = int(left < F::segment_chunks ? left : F::segment_chunks);
+  return {codes, scales, scales + kBlock * F::scale_bytes, chunks, i == 0, i == segments - 1, group};
+}
+
+// What a tile walks in one go: segments [begin, end) of a block; with a panel, that of `begin` comes first in it.
+struct Span {
+  const uint8_t* block;
+  int64_t k, segments, begin, end;
+  const uint8_t* panel;
+};
+
+// As many segments as an unpacked panel in half of an L1 cache of 32 KB holds.
+template <class F>
+constexpr int kPanelSegments = F::segment < (F::a16 ? 128 : 256) ? (F::a16 ? 128 : 256) / F::segment : 1;
+template <class F>
+constexpr int kPanelSegmentBytes = F::segment_chunks* F::panel_chunk_bytes;
 
 // Sums of a tile: `Rows` rows x `Vectors` vectors from `first` on.
 template <class F, int Rows, int Vectors, Source From>
@@ -116,52 +140,69 @@ QPASS_INLINE void load_sum(const float* p, I32& v) { v = load(p); }
 QPASS_INLINE void store_sum(float* p, F32 v) { store_f32(p, v); }
 QPASS_INLINE void store_sum(float* p, I32 v) { store(p, v); }
 
+// The lines of scales and zeros ask for what lies ahead of them, as those of codes do: one in twenty left out costs a
+// stall each, and half of the speed of a single row.
+template <class F>
+QPASS_INLINE void prefetch_tail(const Segment& s) {
+  for (const uint8_t* line = s.scales; line < s.zeros + kBlock; line += kRow) prefetch(line);
+}
+
+// `total` and the activations are those of the tile's row 0, row `row` of the call.
 template <class F, int Rows, Source From>
-__attribute__((noinline)) void tile(const Segment& s, const Prepared<F>& p, int64_t row, float* total) {
+__attribute__((noinline)) void tile(const Span& span, const Prepared<F>& p, int64_t row, float* total) {
   constexpr int vectors = abreast(Rows);
-  const bool fresh = F::grouped || s.first;
-  for (int v = 0; v < kVectors; v += vectors, total += vectors * kLanes) {
-    Sum<F> sums[Rows][vectors];
-#pragma GCC unroll 6
-    for (int m = 0; m < Rows; m++)
-#pragma GCC unroll 4
-      for (int i = 0; i < vectors; i++) {
-        if (fresh) sums[m][i] = Sum<F>{};
-        else load_sum(total + m * kBlock + i * kLanes, sums[m][i]);
-      }
-    multiply<F, Rows, vectors, From>(sums, s.weights, p.element(s.index, row), s.chunks, v);
-    if (F::grouped || s.last) {
-#pragma GCC unroll 4
-      for (int i = 0; i < vectors; i++) {
-        const F32 scale = load_scales<F>(s.scales, v + i);
-        const auto zero = fold_zeros<F>(s.zeros, v + i);
-#pragma GCC unroll 6
-        for (int m = 0; m < Rows; m++) {
-          float* out = total + m * kBlock + i * kLanes;
-          store_f32(out, fold<F>(sums[m][i], load_f32(out), scale, zero, p, s.group, row + m));
-        }
-      }
-    } else {
+  for (int64_t index = span.begin; index < span.end; index++) {
+    const Segment s = segment_of<F>(span.block, span.k, span.segments, index);
+    const uint8_t* w = From == kPanel ? span.panel + (index - span.begin) * kPanelSegmentBytes<F> : s.codes;
+    const bool fresh = F::grouped || s.first;
+    if (From == kStream) prefetch_tail<F>(s);
+    for (int v = 0; v < kVectors; v += vectors) {
+      float* part = total + v * kLanes;
+      Sum<F> sums[Rows][vectors];
 #pragma GCC unroll 6
       for (int m = 0; m < Rows; m++)
 #pragma GCC unroll 4
-        for (int i = 0; i < vectors; i++) store_sum(total + m * kBlock + i * kLanes, sums[m][i]);
+        for (int i = 0; i < vectors; i++) {
+          if (fresh) sums[m][i] = Sum<F>{};
+          else load_sum(part + m * kBlock + i * kLanes, sums[m][i]);
+        }
+      multiply<F, Rows, vectors, From>(sums, w, p.element(index, row), s.chunks, v);
+      if (F::grouped || s.last) {
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; i++) {
+          const F32 scale = load_scales<F>(s.scales, v + i);
+          const auto zero = fold_zeros<F>(s.zeros, v + i);
+#pragma GCC unroll 6
+          for (int m = 0; m < Rows; m++) {
+            float* out = part + m * kBlock + i * kLanes;
+            store_f32(out, fold<F>(sums[m][i], load_f32(out), scale, zero, p, s.group, row + m));
+          }
+        }
+      } else {
+#pragma GCC unroll 6
+        for (int m = 0; m < Rows; m++)
+#pragma GCC unroll 4
+          for (int i = 0; i < vectors; i++) store_sum(part + m * kBlock + i * kLanes, sums[m][i]);
+      }
     }
   }
 }
 
-template <class F, Source From, int Most = kTileRows>
-QPASS_INLINE void tile(int rows, const Segment& s, const Prepared<F>& p, int64_t row, float* total) {
+template <class F, Source From, int Most = From == kPanel ? Tuning<F>::panel_tile_rows : Tuning<F>::tile_rows>
+QPASS_INLINE void tile(int rows, const Span& s, const Prepared<F>& p, int64_t row, float* total) {
   if constexpr (Most > 1) {
     if (rows < Most) return tile<F, From, Most - 1>(rows, s, p, row, total);
   }
   if constexpr (Most > 0) tile<F, Most, From>(s, p, row, total);
 }
 
+// The operands of a segment's codes, [chunk][vector][step][64 bytes].
 template <class F>
-void unpack(const uint8_t* w, int chunks, uint8_t* panel) {
+void unpack(const Segment& s, uint8_t* panel) {
   const Codes<F> codes;
-  for (int c = 0; c < chunks; c++, w += F::chunk_bytes)
+  const uint8_t* w = s.codes;
+  prefetch_tail<F>(s);
+  for (int c = 0; c < s.chunks; c++, w += F::chunk_bytes)
     for (int v = 0; v < kVectors; v++, panel += F::steps * kRow)
       for (int r = 0; r < F::code_rows; r++) {
         const int at = v * F::code_rows + r, half = F::bits == 3 ? at % 2 : 0;
@@ -172,44 +213,22 @@ void unpack(const uint8_t* w, int chunks, uint8_t* panel) {
       }
 }
 
-// Segment i of a block, its weights still packed.
-template <class F>
-Segment segment_of(const uint8_t* block, int64_t k, int64_t segments, int64_t i) {
-  const int64_t group = F::grouped ? i : 0;
-  const uint8_t* record = block + group * F::group_bytes(k);
-  const uint8_t* codes = record + (F::grouped ? 0 : i * F::segment_chunks * F::chunk_bytes);
-  const uint8_t* scales = record + F::group_codes(k);
-  const int64_t left = F::padded_k(k) / F::chunk - i * F::segment_chunks;
-  const int chunks = int(left < F::segment_chunks ? left : F::segment_chunks);
-  return {codes, scales, scales + kBlock * F::scale_bytes, chunks, i == 0, i == segments - 1, i, group};
-}
-
-// The lines of scales and zeros ask for what lies ahead of them, as those of codes do: one in twenty left out costs a
-// stall each, and half of the speed of a single row.
-template <class F>
-QPASS_INLINE void prefetch_tail(const Segment& s) {
-  for (const uint8_t* line = s.scales; line < s.zeros + kBlock; line += kRow) prefetch(line);
-}
-
 // total[rows][64] = the block's product with rows [row, row + rows) of the prepared activations; total starts at zero.
 template <class F>
 void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows, float* total,
                     uint8_t* panel, const QpassTuning& tuning) {
   using T = Tuning<F>;
-  const int64_t tiles = ceil_div(rows, kTileRows);
   const bool unpacks = F::unpacks && rows >= tuning.panel_rows;
-  const bool linear = rows <= T::linear_rows && rows <= tuning.linear_rows;
-  for (int64_t i = 0; i < p.segments; i++) {
-    Segment s = segment_of<F>(block, k, p.segments, i);
-    if (linear) {
-      tile<F, kLinear, T::linear_rows>(int(rows), s, p, row, total);
-      continue;
-    }
-    prefetch_tail<F>(s);
-    if (unpacks) {
-      unpack<F>(s.weights, s.chunks, panel);
-      s.weights = panel;
-    }
+  const int64_t tiles = ceil_div(rows, unpacks ? T::panel_tile_rows : T::tile_rows);
+  Span s = {block, k, p.segments, 0, p.segments, panel};
+  if (rows <= T::linear_rows && rows <= tuning.linear_rows)
+    return tile<F, kLinear, T::linear_rows>(int(rows), s, p, row, total);
+  if (tiles == 1 && !unpacks) return tile<F, kStream>(int(rows), s, p, row, total);
+  for (; s.begin < p.segments; s.begin += kPanelSegments<F>) {
+    s.end = s.begin + kPanelSegments<F> < p.segments ? s.begin + kPanelSegments<F> : p.segments;
+    if (unpacks)
+      for (int64_t i = s.begin; i < s.end; i++)
+        unpack<F>(segment_of<F>(block, k, p.segments, i), panel + (i - s.begin) * kPanelSegmentBytes<F>);
     for (int64_t t = 0, at = 0; t < tiles; t++) {  // tiles of almost equal height
       const int height = int(rows / tiles + (t < rows % tiles));
       float* out = total + at * kBlock;

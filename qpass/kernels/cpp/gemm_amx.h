@@ -70,19 +70,20 @@ void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64
                     uint8_t* panel) {
   alignas(64) float group_sums[kTileRows * kBlock];
   for (int64_t i = 0; i < p.segments; i++) {
-    Segment s = segment_of<F>(block, k, p.segments, i);
-    prefetch_tail<F>(s);
+    const Segment s = segment_of<F>(block, k, p.segments, i);
+    const uint8_t* weights = s.codes;
     if (F::unpacks) {
-      unpack<F>(s.weights, s.chunks, panel);
-      s.weights = panel;
+      unpack<F>(s, panel);
+      weights = panel;
     } else {
-      for (const uint8_t* w = s.weights; w < s.weights + s.chunks * F::chunk_bytes; w += kRow) prefetch(w);
+      prefetch_tail<F>(s);
+      for (const uint8_t* w = weights; w < weights + s.chunks * F::chunk_bytes; w += kRow) prefetch(w);
     }
     for (int64_t at = 0; at < rows; at += kTileRows) {
       const int height = int(rows - at < kTileRows ? rows - at : kTileRows);
       float* out = total + at * kBlock;
       float* sums = F::grouped ? group_sums : out;
-      multiply<F>(s.weights, p.element(i, row + at), s.chunks, F::grouped || s.first, sums);
+      multiply<F>(weights, p.element(i, row + at), s.chunks, F::grouped || s.first, sums);
       if (!(F::grouped || s.last)) continue;
       for (int v = 0; v < kVectors; v++) {
         const F32 scale = load_scales<F>(s.scales, v);

@@ -2,7 +2,7 @@
 //   Codes<F>            how a row of packed codes becomes operands, `plane(row, half, p)`; `center` is what they lack
 //   Operand, Sum<F>     of a dot product: 16 outputs times 2 or 4 inputs; its accumulator
 //   dot, dot_at         sum += operand x activations of one row, broadcast before or while they are loaded
-//   kTileRows, abreast  the register tile; Tuning<F>: from which rows on a call is walked how
+//   Tuning<F>, abreast  the register tile, and how many rows may be walked in stored order
 #pragma once
 #include "codes.h"
 

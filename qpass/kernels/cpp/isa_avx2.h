@@ -4,12 +4,11 @@
 
 namespace qpass {
 
-constexpr int kTileRows = 4;  // 8 sums leave 8 of the 16 registers for operands
 constexpr int abreast(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
 template <class F>
 struct Tuning {
-  static constexpr int panel_rows = 13;
+  static constexpr int panel_tile_rows = 4, tile_rows = 4;  // 8 sums leave 8 of the 16 registers for operands
   static constexpr int linear_rows = 1;
 };
 

@@ -6,15 +6,13 @@ namespace qpass {
 
 using Operand = I32;
 
-constexpr int kTileRows = 6;  // 24 sums leave 8 of the 32 registers for operands and lookup tables
 constexpr int abreast(int) { return kVectors; }
 
 // Measured on Zen 4.
 template <class F>
 struct Tuning {
-  // Rows from which codes are unpacked once for all of them. Nibbles cost so little to unpack in registers that a panel
-  // breaks even late.
-  static constexpr int panel_rows = F::bits == 8 ? 13 : 61;
+  // 24 sums leave 8 of the 32 registers for operands and lookup tables; making bytes of 3 bits needs more.
+  static constexpr int panel_tile_rows = 6, tile_rows = F::bits == 3 && !F::a16 ? 4 : 6;
   // Up to here the weights are read in the order they lie in, which the hardware prefetches best by itself (31 GB/s a
   // thread against 22). More rows, and bf16 with its longer latency, need several sums in flight: four vectors abreast.
   static constexpr int linear_rows = F::a16 ? 0 : F::bits == 8 ? 6 : 2;
@@ -99,17 +97,19 @@ struct Codes : Operands<F> {
   QPASS_INLINE Operand plane(const uint8_t* row, int half, int p) const { return bytes_of<F>(row, half, p); }
 };
 
-// The bf16 of i % codes, less the center so that the sums stay small; `shift`: of i's upper bits.
-template <int Codes, int Shift>
-QPASS_INLINE I32 bf16_table(float center) {
-  alignas(64) uint16_t t[32];
-  for (int i = 0; i < 32; i++) {
-    const float v = float((i >> Shift) % Codes) - center;
-    uint32_t bits;
-    memcpy(&bits, &v, 4);
-    t[i] = uint16_t(bits >> 16);
+// The bf16 of (i >> shift) % codes, less the center so that the sums stay small.
+template <class Codes, int Shift>
+struct Bf16Table {
+  alignas(64) uint16_t entry[32];
+  constexpr Bf16Table() : entry() {
+    for (int i = 0; i < 32; i++)
+      entry[i] = uint16_t(__builtin_bit_cast(uint32_t, float((i >> Shift) % Codes::count) - Codes::center) >> 16);
   }
-  return load(t);
+};
+template <class Codes, int Shift = 0>
+QPASS_INLINE I32 bf16_table() {
+  static constexpr Bf16Table<Codes, Shift> table;
+  return load(table.entry);
 }
 
 template <int Bits>
@@ -122,8 +122,9 @@ QPASS_INLINE I32 shr16(I32 v) {
 // Byte 0 of the words gives inputs (0, 2) of a k4-step, byte 1 inputs (1, 3).
 template <class F>
 struct Codes<F, true, 4> : Operands<F> {
+  static constexpr int count = 16;
   static constexpr float center = 8;
-  const I32 table = bf16_table<16, 0>(center);
+  const I32 table = bf16_table<Codes>();
   QPASS_INLINE Operand plane(const uint8_t* row, int, int p) const {
     const I32 w = load(row);
     return _mm512_permutexvar_epi16(p == 0 ? w : p == 1 ? shr16<8>(w) : p == 2 ? shr16<4>(w) : shr16<12>(w), table);
@@ -132,8 +133,9 @@ struct Codes<F, true, 4> : Operands<F> {
 
 template <class F>
 struct Codes<F, true, 3> : Operands<F> {
+  static constexpr int count = 8;
   static constexpr float center = 3.5f;
-  const I32 table = bf16_table<8, 0>(center);
+  const I32 table = bf16_table<Codes>();
   QPASS_INLINE Operand plane(const uint8_t* row, int half, int p) const {
     const I32 n = nibbles<F>(row, half, p / 2 % 2);
     const int shift = p / 4 * 4 + p % 2 * 8;
@@ -145,8 +147,9 @@ struct Codes<F, true, 3> : Operands<F> {
 // Two codes are within vpermw's reach: a second table looks up the upper one and saves its shift.
 template <class F>
 struct Codes<F, true, 2> : Operands<F> {
+  static constexpr int count = 4;
   static constexpr float center = 1.5f;
-  const I32 lower = bf16_table<4, 0>(center), upper = bf16_table<4, 2>(center);
+  const I32 lower = bf16_table<Codes>(), upper = bf16_table<Codes, 2>();
   QPASS_INLINE Operand plane(const uint8_t* row, int, int p) const {
     const I32 w = load(row);
     const int shift = p / 4 * 4 + p % 2 * 8;
