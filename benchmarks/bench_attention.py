@@ -37,7 +37,7 @@ def test_attention(benchmark, model: str, queries: int, slots: int, kind: str) -
 
     def ours() -> torch.Tensor:
         k, v = cache[next(turn) % layers]
-        return torch.ops.qpass.attention(q, k, v, None, None, span, scale)
+        return torch.ops.qpass.attention(q, k, v, span, scale)
 
     def theirs() -> torch.Tensor:
         k, v = cache[next(turn) % layers]

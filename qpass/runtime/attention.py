@@ -48,9 +48,7 @@ def attend(
             raise UnsupportedError("its attention adds a position bias, which attention over spans doesn't know")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         sinks = None if sinks is None else sinks.float()
-        return torch.ops.qpass.attention(
-            query, key, value, None, None, attention_mask, scale, softcap or 0.0, None, sinks
-        ), None
+        return torch.ops.qpass.attention(query, key, value, attention_mask, scale, softcap or 0.0, None, sinks), None
     if sinks is not None or softcap is not None:
         raise UnsupportedError("its attention has sinks or a softcap, which scaled dot-product attention doesn't know")
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -62,7 +60,7 @@ def row_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     dtype: torch.dtype = torch.float32,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from qpass.errors import OptionError
+from qpass.errors import OptionError, UnsupportedError
 from qpass.runtime import attention
 from qpass.runtime.kv import KVCache
 from qpass.runtime.sampling import Sampling, choose, eos_ids
@@ -20,9 +20,8 @@ from qpass.runtime.step import make_prompt, make_step, probe
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-VISIBLE = 64
-"""The compiled token step sees the cache up to a multiple of this many tokens: often enough that attention never reads
-much more than is filled, seldom enough that the views it is given are nearly always the same objects."""
+LENGTH_STEP = 64
+"""A cache holds a multiple of this many tokens, so that one that is nearly full is no new length a token."""
 
 
 @dataclass
@@ -51,10 +50,19 @@ class Decoder:
     so both share whatever it shares between calls (qpass: the packed weights). The default runs them as they are.
 
     The number of graphs is bounded: one serves every prompt of two tokens or more, one every later token, per batch
-    size. Raises UnsupportedError for a model that can't run on a static cache; ``model.generate()`` is then the way.
+    size. The model is the decoder's from then on: its weights may change in place, its structure not.
+    ``kv_dtype`` "int8" keeps keys and values as codes with a scale a token and head, in half of bfloat16's memory.
+    Raises UnsupportedError for a model that can't run on a static cache; ``model.generate()`` is then the way.
     """
 
-    def __init__(self, model: nn.Module, compile: Compile | None = None) -> None:
+    def __init__(self, model: nn.Module, compile: Compile | None = None, *, kv_dtype: str | None = None) -> None:
+        if kv_dtype not in (None, "int8"):
+            raise OptionError(f"kv_dtype is {kv_dtype!r}; accepted: None (the model's own) and 'int8'")
+        if kv_dtype and not attention.serves(model):
+            raise UnsupportedError(
+                f"{type(model).__name__} computes its attention by itself, so its cache can't be int8"
+            )
+        self.kv_dtype = kv_dtype
         compile = compile or (lambda function: function)
         attention.prepare()
         self.model: Any = model
@@ -74,7 +82,7 @@ class Decoder:
 
     def allocate(self, batch: int, length: int) -> KVCache:
         """A cache for ``batch`` rows of at least ``length`` tokens."""
-        return KVCache.allocate(self.shapes, batch, _rounded(length))
+        return KVCache.allocate(self.shapes, batch, _rounded(length), int8=self.kv_dtype == "int8")
 
     def prefill(self, input_ids: Tensor, pad: Tensor, cache: KVCache) -> Tensor:
         """Fill the cache's slots 0..S-1 from ``input_ids`` [B, S]; logits of the last token [B, V]."""
@@ -109,7 +117,7 @@ class Decoder:
     def warm_up(self, batch: int = 1) -> float:
         """Compile both steps for a batch size, on a small cache that is thrown away; returns the seconds it took."""
         started = time.perf_counter()
-        cache = self.allocate(batch, 2 * VISIBLE)
+        cache = self.allocate(batch, 2 * LENGTH_STEP)
         pad = torch.zeros(batch, dtype=torch.int64)
         ids = torch.zeros(batch, 5, dtype=torch.int64)
         for _ in range(2):  # the first call compiles; the second pays what a first run still leaves
@@ -245,4 +253,4 @@ def left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def _rounded(tokens: int) -> int:
-    return -(-tokens // VISIBLE) * VISIBLE
+    return -(-tokens // LENGTH_STEP) * LENGTH_STEP

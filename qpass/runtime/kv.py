@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from qpass.errors import OptionError
+from qpass.ops.attention import SCALE_BYTES, to_int8
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,16 @@ class KVCache:
     values: tuple[Tensor, ...]
 
     @classmethod
-    def allocate(cls, shapes: Sequence[LayerShape], batch: int, length: int) -> KVCache:
-        """Zeroed storage for ``batch`` rows of ``length`` tokens (what a mask hides must still be finite)."""
-        return cls(
-            tuple(torch.zeros(length, batch, s.heads, s.key_dim, dtype=s.dtype) for s in shapes),
-            tuple(torch.zeros(length, batch, s.heads, s.value_dim, dtype=s.dtype) for s in shapes),
-        ).first(length)
+    def allocate(cls, shapes: Sequence[LayerShape], batch: int, length: int, *, int8: bool = False) -> KVCache:
+        """Zeroed storage for ``batch`` rows of ``length`` tokens; ``int8``: as ``ops.attention.to_int8`` stores them."""
+
+        def zeros(s: LayerShape, width: int) -> Tensor:
+            if int8:
+                return torch.zeros(length, batch, s.heads, width + SCALE_BYTES, dtype=torch.int8)
+            return torch.zeros(length, batch, s.heads, width, dtype=s.dtype)
+
+        keys = tuple(zeros(s, s.key_dim) for s in shapes)
+        return cls(keys, tuple(zeros(s, s.value_dim) for s in shapes)).first(length)
 
     @property
     def length(self) -> int:
@@ -73,6 +78,11 @@ class KVCache:
             )
 
 
+def stored(states: Tensor, cache: Tensor) -> Tensor:
+    """What a cache tensor keeps of new keys or values; attention reads this, so a prompt may be split anywhere."""
+    return to_int8(states) if cache.dtype == torch.int8 else states
+
+
 class CacheView(Cache):
     """transformers' ``Cache`` over plain tensors, Q tokens of each row behind its position; made anew in every trace."""
 
@@ -91,6 +101,7 @@ class CacheView(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write ``[B, H_kv, Q, D]`` at the slots and return all of the layer, ``[B, H_kv, L, D]``."""
         keys, values = self.keys[layer_idx], self.values[layer_idx]
+        key_states, value_states = stored(key_states, keys), stored(value_states, values)
         keys[self.slots, self.rows] = key_states.transpose(1, 2)
         values[self.slots, self.rows] = value_states.transpose(1, 2)
         return keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
@@ -134,6 +145,8 @@ class PromptView(CacheView):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
+        key_states = stored(key_states, self.keys[layer_idx])
+        value_states = stored(value_states, self.values[layer_idx])
         self.keys[layer_idx].copy_(key_states.permute(2, 0, 1, 3))
         self.values[layer_idx].copy_(value_states.permute(2, 0, 1, 3))
         return key_states, value_states

@@ -5,7 +5,7 @@ import tiny_decoders
 import torch
 
 from qpass.errors import OptionError
-from qpass.runtime.decoder import VISIBLE, Decoder, left_padding
+from qpass.runtime.decoder import LENGTH_STEP, Decoder, left_padding
 from qpass.runtime.sampling import Sampling
 
 NEW = 24
@@ -47,7 +47,7 @@ def test_graphs_stay_two_over_prompt_lengths_and_cache_lengths():
     decoder = Decoder(model, lambda f: torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=False))
     decoder.warm_up()
     assert decoder.graphs == 2
-    for length in (1, 2, 5, 8, VISIBLE - 1, VISIBLE, VISIBLE + 1, 130):
+    for length in (1, 2, 5, 8, LENGTH_STEP - 1, LENGTH_STEP, LENGTH_STEP + 1, 130):
         ids = tiny_decoders.prompt(length, seed=length)
         out = decoder.generate(ids, max_new_tokens=NEW)
         assert torch.equal(out.sequences, _reference(model, ids)), length
@@ -64,7 +64,7 @@ def test_every_family_is_two_graphs(name):
     model = tiny_decoders.build(name)
     decoder = Decoder(model, lambda f: torch.compile(f, backend="eager", fullgraph=True, dynamic=False))
     decoder.warm_up()
-    for length in (2, 9, VISIBLE + 1):
+    for length in (2, 9, LENGTH_STEP + 1):
         ids = tiny_decoders.prompt(length, seed=length)
         assert torch.equal(decoder.generate(ids, max_new_tokens=4).sequences, _reference(model, ids, 4))
     assert decoder.graphs == 2
@@ -91,6 +91,27 @@ def test_inductor_gives_the_same_tokens(name):
     for length in (2, 65):
         ids = tiny_decoders.prompt(length, seed=length)
         assert torch.equal(decoder.generate(ids, max_new_tokens=NEW).sequences, _reference(model, ids))
+
+
+def test_int8_keys_and_values_through_inductor():
+    """The compiled steps compute what the eager ones do, in two graphs."""
+    torch._dynamo.reset()
+    model = tiny_decoders.build("gemma3")
+    eager = Decoder(model, kv_dtype="int8")
+    decoder = Decoder(
+        model, lambda f: torch.compile(f, backend="inductor", fullgraph=True, dynamic=False), kv_dtype="int8"
+    )
+    decoder.warm_up()
+    for length in (2, 65):
+        ids = tiny_decoders.prompt(length, seed=length)
+        wanted = eager.generate(ids, max_new_tokens=NEW).sequences
+        assert torch.equal(decoder.generate(ids, max_new_tokens=NEW).sequences, wanted)
+    assert decoder.graphs == 2
+
+
+def test_a_cache_of_another_type_is_refused():
+    with pytest.raises(OptionError, match="kv_dtype is 'fp8'; accepted: None"):
+        Decoder(tiny_decoders.build("llama"), kv_dtype="fp8")
 
 
 def test_eos_ends_a_row_and_pads_it():

@@ -107,10 +107,10 @@ struct Kernel {
             all.end - start < kKeys ? all.end - start : kKeys, all.end > start + kKeys};
   }
 
-  static const float* scales_of(const QpassHeads& h, const Task& t, const Slots& all, int64_t start, float* out) {
+  static const float* scales_of(const Slots& slots, int64_t width, float* out) {
     for (int i = 0; i < kKeys; i++) {
-      const bool real = start + i >= all.begin && start + i < all.end;
-      out[i] = real ? *(const float*)at(h, sizeof(float), t.batch, t.shared, start + i) : 0.0f;
+      out[i] = 0.0f;
+      if (const void* codes = slots.at(i)) memcpy(out + i, (const char*)codes + width, sizeof(float));
     }
     return out;
   }
@@ -120,12 +120,13 @@ struct Kernel {
     const int64_t stride = value_stride(c);
     Score how = {c.scale, 0.0f, kLog2e, nullptr, nullptr};
     if (c.softcap != 0) how.scale /= c.softcap, how.cap = c.softcap;
+    const Slots k = slots_of(c.k, t, all, start), v = slots_of(c.v, t, all, start);
     if constexpr (T::codes) {
-      how.k_scales = scales_of(c.k_scales, t, all, start, s.scales);
-      how.v_scales = scales_of(c.v_scales, t, all, start, s.scales + kKeys);
+      how.k_scales = scales_of(k, c.width, s.scales);
+      how.v_scales = scales_of(v, c.value_width, s.scales + kKeys);
     }
-    pack_keys<T>(slots_of(c.k, t, all, start), c.width, s.keys);
-    pack_values<T>(slots_of(c.v, t, all, start), c.value_width, stride, s.values);
+    pack_keys<T>(k, c.width, s.keys);
+    pack_values<T>(v, c.value_width, stride, s.values);
     const Block block = {start, s.keys, s.values, words<T>(c.width), stride};
     const int64_t tiles = (t.rows + kTileRows - 1) / kTileRows;
     for (int64_t i = 0, row = 0; i < tiles; i++) {  // of almost equal height

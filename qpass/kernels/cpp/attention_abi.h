@@ -14,7 +14,6 @@ struct QpassHeads {
 struct QpassAttentionCall {
   QpassHeads q;                 // [batch][heads][queries][width]
   QpassHeads k, v;              // [batch][shared][slots][width] and [..][value_width], of q's dtype or int8 codes
-  QpassHeads k_scales, v_scales;  // float [batch][shared][slots], int8 codes only
   const int32_t* spans;         // [batch][queries][2]: the first slot that a query sees and the one behind the last
   const float* slopes;          // [heads] or null: ALiBi, slope * (slot - last slot seen) is added to a score
   const float* sinks;           // [heads] or null: the score of a slot with no value that every query sees
@@ -22,7 +21,7 @@ struct QpassAttentionCall {
   int64_t batch, heads, shared, queries, slots, width, value_width;
   float scale, softcap;  // softcap 0: none
   int32_t dtype;         // of q and out
-  int32_t codes;         // k and v are int8 codes
+  int32_t codes;         // k and v are int8, the float scale of a slot's codes right behind them
   int32_t threads;
   int64_t rows_per_task;  // from here on set by plan()
   int64_t tasks, blocks;  // blocks > 1: each key block of a task is computed by itself, and merged in order

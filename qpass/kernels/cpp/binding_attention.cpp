@@ -60,15 +60,6 @@ QpassHeads heads_of(const Tensor& t, Optional& copy) {
   return {dense.const_data_ptr(), dense.stride(0), dense.stride(1), dense.stride(2)};
 }
 
-// One scale a token of each head, for codes only.
-QpassHeads scales_of(const char* name, const Optional& t, const Tensor& codes) {
-  CHECK(t.has_value(), name, " are needed for int8 keys and values");
-  CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Float, name, " must be float32 on the CPU");
-  CHECK(has_shape(*t, {codes.size(0), codes.size(1), codes.size(2)}), name, " have shape ", shape_of(*t),
-        ", the codes ", shape_of(codes));
-  return {t->const_data_ptr(), t->stride(0), t->stride(1), t->stride(2)};
-}
-
 const float* of_heads(const char* name, const Optional& given, int64_t heads, std::vector<float>& copy) {
   if (!given) return nullptr;
   const Tensor& t = *given;
@@ -123,8 +114,9 @@ void run(QpassAttentionCall& call, const QpassAttention& kernel) {
   CHECK(!failed, "out of memory for ", bytes, " bytes of scratch");
 }
 
-Tensor attention(Tensor q, Tensor k, Tensor v, Optional k_scales, Optional v_scales, Tensor span, double scale,
-                 double softcap, Optional slopes, Optional sinks) {
+Tensor attention(Tensor q, Tensor k, Tensor v, Tensor span, double scale, double softcap, Optional slopes,
+                 Optional sinks) {
+  constexpr int64_t kScale = sizeof(float);  // bytes of codes' scale, behind them
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;
   CHECK(q.is_cpu() && k.is_cpu() && v.is_cpu(), "q, k and v must be on the CPU");
   CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be [batch, heads, tokens, width]");
@@ -135,11 +127,11 @@ Tensor attention(Tensor q, Tensor k, Tensor v, Optional k_scales, Optional v_sca
   CHECK(call.codes || k.scalar_type() == q.scalar_type(), "k must have q's dtype or be int8");
   CHECK(v.scalar_type() == k.scalar_type(), "v must have k's dtype");
   call.batch = q.size(0), call.heads = q.size(1), call.queries = q.size(2), call.width = q.size(3);
-  call.shared = k.size(1), call.slots = k.size(2), call.value_width = v.size(3);
-  CHECK(has_shape(k, {call.batch, call.shared, call.slots, call.width}), "k has shape ", shape_of(k), ", q ",
-        shape_of(q));
-  CHECK(has_shape(v, {call.batch, call.shared, call.slots, call.value_width}), "v has shape ", shape_of(v), ", k ",
-        shape_of(k));
+  call.shared = k.size(1), call.slots = k.size(2), call.value_width = v.size(3) - (call.codes ? kScale : 0);
+  CHECK(k.size(0) == call.batch && k.size(3) == call.width + (call.codes ? kScale : 0), "k has shape ", shape_of(k),
+        ", q ", shape_of(q));
+  CHECK(v.size(0) == call.batch && v.size(1) == call.shared && v.size(2) == call.slots, "v has shape ", shape_of(v),
+        ", k ", shape_of(k));
   CHECK(call.shared >= 1 && call.heads >= 1 && call.heads % call.shared == 0, call.heads,
         " query heads can't share ", call.shared, " key heads");
   CHECK(call.width >= 1 && call.value_width >= 1 && call.width <= 1 << 16 && call.value_width <= 1 << 16,
@@ -156,10 +148,6 @@ Tensor attention(Tensor q, Tensor k, Tensor v, Optional k_scales, Optional v_sca
   call.q = heads_of(q, q_copy);
   call.k = heads_of(k, k_copy);
   call.v = heads_of(v, v_copy);
-  if (call.codes) {
-    call.k_scales = scales_of("k_scales", k_scales, k);
-    call.v_scales = scales_of("v_scales", v_scales, v);
-  }
   call.spans = spans_of(span, call);
   call.slopes = of_heads("slopes", slopes, call.heads, slope_copy);
   call.sinks = of_heads("sinks", sinks, call.heads, sink_copy);
