@@ -9,6 +9,10 @@ import torch
 from qpass.scheme import Scheme
 
 
+ANY = 1 << 30
+"""Rows: as many as one likes."""
+
+
 @dataclass(frozen=True)
 class Site:
     """``names`` are the modules that the site merges (one when nothing was merged); ``n`` counts all their rows."""
