@@ -8,7 +8,6 @@ import torch
 
 from qpass.scheme import Scheme
 
-
 ANY = 1 << 30
 """Rows: as many as one likes."""
 
