@@ -13,6 +13,7 @@ from torch import nn
 
 from qpass.errors import OptionError
 from qpass.frontends import reports
+from qpass.lowering import ANY
 from qpass.passes.context import SiteRecord
 
 
@@ -78,6 +79,8 @@ class Explanation:
         for name, reason in self.left.items():
             key = (numberless(name), reason)
             reasons[key] = reasons.get(key, 0) + 1
+        if self.records:
+            yield _rows_promise(self.records)
         for (name, reason), count in reasons.items():
             yield f"left as it is: {name}{f' (x{count})' if count > 1 else ''}: {reason}"
         for index, graph in enumerate(self.graphs):
@@ -119,6 +122,17 @@ def _options_of(module: nn.Module) -> Any:
     while callback is not None and not hasattr(callback, "kwargs"):
         callback = getattr(callback, "_torchdynamo_orig_backend", None)
     return getattr(callback, "kwargs", {}).get("options")
+
+
+def _rows_promise(records: tuple[SiteRecord, ...]) -> str:
+    """Whether a token's result depends on the tokens computed with it, which is what exact speculation rests on."""
+    least = min(record.same_rows for record in records)
+    if least >= ANY:
+        return "rows: every linear gives a token the same bits, however many are computed at once"
+    unsure = sorted({f"{record.scheme} by {record.lowering}" for record in records if record.same_rows == 0})
+    if unsure:
+        return f"rows: a token's last bits may depend on how many are computed at once ({', '.join(unsure)})"
+    return f"rows: every linear gives a token the same bits, for up to {least} computed at once"
 
 
 def _timed(record: SiteRecord) -> str:

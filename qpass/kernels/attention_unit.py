@@ -70,8 +70,6 @@ def _load_binding() -> ctypes.CDLL:
     if _binding is None:
         import torch
 
-        import qpass.ops  # noqa: F401  defines the op that the binding implements
-
         root = Path(torch.__file__).parent
         unit = attention_binding_unit((str(root / "include"),), (str(root / "lib"),))
         binding = ctypes.CDLL(str(obtain(unit)), mode=ctypes.RTLD_LOCAL)

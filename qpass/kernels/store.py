@@ -6,11 +6,13 @@ stale; its digest lies next to it and is checked before it may be loaded. The fo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,12 @@ from qpass.kernels.build import build, compiler_version, find_compiler
 from qpass.kernels.source import Unit
 
 _LIBRARY, _DIGEST = "unit.so", "unit.sha256"
+
+MOST_UNITS = 512
+"""A unit takes 50 to 200 KB; a model needs two or three. Beyond this number the ones unused for longest go."""
+
+KEPT_SECONDS = 3600
+"""A unit that was used this recently stays: another process may be about to open it."""
 
 
 def cache_folder() -> Path:
@@ -72,8 +80,23 @@ def obtain(
     home = folder / f"{unit.name}-{identity(unit, compiler)}"
     if not home.exists():
         _add(unit, home, compiler, builder)
+        prune(folder)
     check(home / _LIBRARY)
+    with contextlib.suppress(OSError):  # a read-only cache serves, it only can't tell what is in use
+        os.utime(home)
     return home / _LIBRARY
+
+
+def prune(folder: Path, most: int = MOST_UNITS, kept_seconds: float = KEPT_SECONDS) -> int:
+    """Delete the units unused for longest until ``most`` are left; returns how many went. One in use stays loaded."""
+    units = []
+    for digest in folder.glob(f"*/{_DIGEST}"):
+        with contextlib.suppress(OSError):
+            units.append((digest.parent.stat().st_mtime, digest.parent))
+    oldest = [unit for used, unit in sorted(units)[: max(0, len(units) - most)] if used < time.time() - kept_seconds]
+    for unit in oldest:
+        shutil.rmtree(unit, ignore_errors=True)
+    return len(oldest)
 
 
 def check(library: Path) -> None:

@@ -12,12 +12,15 @@ from qpass.lowering.aten import Aten
 from qpass.lowering.generated import Generated
 from qpass.lowering.onednn import OneDNN
 from qpass.lowering.reference import Reference
-from qpass.lowering.site import Site
+from qpass.lowering.site import ANY, Site
 from qpass.qweight import QWeight
 
 
 class Lowering(Protocol):
     name: str
+
+    def same_rows(self, site: Site, cpu: Cpu) -> int:
+        """Up to how many rows at once a row's result has the same bits as alone: 0 for no promise, :data:`ANY`."""
 
     def refuse(self, site: Site, cpu: Cpu) -> str | None:
         """None when it can run the site; otherwise one sentence that explain prints."""
@@ -58,4 +61,4 @@ def choose(site: Site, cpu: Cpu, wanted: str | None = None) -> tuple[Lowering, t
     raise UnsupportedError(f"{site.name} [{site.n}, {site.k}] {site.scheme}: {'; '.join(refusals)}")
 
 
-__all__ = ["ORDER", "Lowering", "Site", "by_name", "choose"]
+__all__ = ["ANY", "ORDER", "Lowering", "Site", "by_name", "choose"]

@@ -15,6 +15,9 @@ from qpass.qweight import QWeight
 class Aten:
     name = "aten"
 
+    def same_rows(self, site: Site, cpu: Cpu) -> int:
+        return 0
+
     def refuse(self, site: Site, cpu: Cpu) -> str | None:
         format = site.scheme.weight
         if format is None or site.scheme.activation != "a16":

@@ -15,7 +15,7 @@ from qpass.kernels.format import KernelFormat
 from qpass.kernels.pack import pack, scale_bytes
 from qpass.kernels.rates import measured_rates
 from qpass.kernels.search import search
-from qpass.lowering.site import Site
+from qpass.lowering.site import ANY, Site
 from qpass.ops.epilogue import activation_number
 from qpass.ops.norm import NORMS
 from qpass.ops.quantized_linear import bound_arguments
@@ -26,6 +26,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 class Generated:
     name = "generated"
+
+    def same_rows(self, site: Site, cpu: Cpu) -> int:
+        """Integer sums are exact in any order and the rest is pinned; AMX rounds bf16 products its own way, and wider calls use it."""
+        return plan.EXACT_ROWS if site.scheme.activation == "a16" and cpu.tier == "amx" else ANY
 
     def refuse(self, site: Site, cpu: Cpu) -> str | None:
         weight = site.scheme.weight

@@ -15,6 +15,9 @@ from qpass.qweight import QWeight
 class OneDNN:
     name = "onednn"
 
+    def same_rows(self, site: Site, cpu: Cpu) -> int:
+        return 0
+
     def refuse(self, site: Site, cpu: Cpu) -> str | None:
         format = site.scheme.weight
         if format is None or format.bits != 8 or site.scheme.activation != "a8-token":

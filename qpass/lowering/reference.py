@@ -12,6 +12,9 @@ from qpass.qweight import QWeight
 class Reference:
     name = "reference"
 
+    def same_rows(self, site: Site, cpu: Cpu) -> int:
+        return 0
+
     def refuse(self, site: Site, cpu: Cpu) -> str | None:
         return None
 

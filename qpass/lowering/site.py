@@ -8,6 +8,9 @@ import torch
 
 from qpass.scheme import Scheme
 
+ANY = 1 << 30
+"""Rows: as many as one likes."""
+
 
 @dataclass(frozen=True)
 class Site:

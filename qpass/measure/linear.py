@@ -73,7 +73,7 @@ def _peer(name: str, n: int, k: int, generator: torch.Generator) -> Candidate:
         dense = [first.clone() for _ in range(copies)]
         if name == "bf16":
             return Candidate(lambda x, i: torch.nn.functional.linear(x, dense[i]), copies, size)
-        prepacked = [torch.ops.mkldnn._reorder_linear_weight(w.to_mkldnn(), None) for w in dense]
+        prepacked = [torch.ops.mkldnn._reorder_linear_weight(w, None) for w in dense]
         op = torch.ops.mkldnn._linear_pointwise
         return Candidate(lambda x, i: op(x, prepacked[i], None, "none", [], ""), copies, size)
     if name == "int8-onednn":

@@ -27,6 +27,7 @@ class SiteRecord:
     bytes_before: int = 0
     bytes_after: int = 0
     notes: tuple[str, ...] = ()  # refusals, and why a linear was left
+    same_rows: int = 0  # up to how many tokens at once a row has the bits that it has alone; 0: no promise
     m: int = 0  # tokens that the times below are for; 0 where nothing was timed
     predicted_ms: float | None = None  # by the performance model
     measured_ms: float | None = None

@@ -66,6 +66,7 @@ def _lower_site(graph: fx.Graph, node: fx.Node, ctx: Context) -> None:
             bytes_before=before,
             bytes_after=before if stays else sum(tensor.numel() * tensor.element_size() for tensor in packed),
             notes=refusals,
+            same_rows=0 if stays else lowering.same_rows(site, ctx.cpu),
             m=timing.m if timing else 0,
             predicted_ms=timing.predicted_ms if timing else None,
             measured_ms=timing.ms if timing else None,

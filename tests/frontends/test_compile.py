@@ -309,3 +309,14 @@ def test_fallback_is_visible(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     fast(inputs())
     assert {r.lowering for r in qpass.explain(fast).records} == {"aten"}
     assert "neither AVX-512 VNNI nor AMX" in str(qpass.explain(fast))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({"scheme": "w4a8-g64"}, "same bits"), ({"scheme": "w8a16", "lowering": "aten"}, "may depend")],
+)
+def test_explain_tells_whose_rows_are_the_same(net: Net, arguments: dict[str, str], words: str) -> None:
+    fast = qpass.compile(net, fullgraph=True, **arguments)
+    fast(inputs())
+    line = next(line for line in str(qpass.explain(fast)).splitlines() if line.startswith("rows:"))
+    assert words in line

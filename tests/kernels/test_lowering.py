@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from qpass.algorithms.rtn import rtn
 from qpass.cpu import Cpu, detect
+from qpass.lowering import choose
 from qpass.lowering.generated import Generated
 from qpass.lowering.site import Site
 from qpass.scheme import Scheme
@@ -18,15 +19,16 @@ def site(scheme: str, k: int = 256, dtype: torch.dtype = torch.bfloat16) -> Site
     return Site(("layer",), 64, k, Scheme.parse(scheme), dtype)
 
 
-@pytest.mark.skipif(not SERVES, reason="needs AVX-512 VNNI")
+@pytest.mark.skipif(not SERVES, reason="needs AVX2")
 @pytest.mark.parametrize(
-    "scheme", ["w4a16-g128", "w4a8-g32", "w8a16", "w8a8-dynamic", "w4a16", "w4a8", "w8a8-g64-asym"]
+    "scheme",
+    ["w4a16-g128", "w4a8-g32", "w8a16", "w8a8-dynamic", "w4a16", "w4a8", "w8a8-g64-asym", "w3a16-g64", "w2a8-g16-sym"],
 )
 def test_serves(scheme: str) -> None:
     assert Generated().refuse(site(scheme), detect()) is None
 
 
-@pytest.mark.skipif(not SERVES, reason="needs AVX-512 VNNI")
+@pytest.mark.skipif(not SERVES, reason="needs AVX2")
 def test_refuses_with_a_sentence() -> None:
     lowering, cpu = Generated(), detect()
     assert "quantized weights only" in str(lowering.refuse(site("w16a16"), cpu))
@@ -35,14 +37,24 @@ def test_refuses_with_a_sentence() -> None:
     assert "tier none" in str(lowering.refuse(site("w8a16"), Cpu("an old one", "x", frozenset(), 1)))
 
 
+def test_a_machine_without_avx2_gets_atens_kernels_and_the_reason() -> None:
+    lowering, refusals = choose(site("w8a16"), Cpu("an old one", "x", frozenset({"sse4_2"}), 1))
+    assert lowering.name == "aten"
+    assert refusals[0] == (
+        "generated: needs AVX2 with FMA, F16C and BMI2, or better; this CPU is an old one with tier none"
+    )
+
+
 def test_refuses_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nowhere/g++")
     cpu = detect()
     assert Generated().refuse(site("w8a16"), cpu) is not None
 
 
-@pytest.mark.skipif(not SERVES, reason="needs AVX-512 VNNI")
-@pytest.mark.parametrize("scheme", ["w4a16-g128", "w4a8-g32", "w8a16", "w8a8-dynamic", "w4a8"])
+@pytest.mark.skipif(not SERVES, reason="needs AVX2")
+@pytest.mark.parametrize(
+    "scheme", ["w4a16-g128", "w4a8-g32", "w8a16", "w8a8-dynamic", "w4a8", "w3a16-g64", "w3a8-g128-sym", "w2a16-g32"]
+)
 @pytest.mark.parametrize("glu", [False, True])
 def test_emits_the_same_meaning(scheme: str, glu: bool) -> None:
     parsed = Scheme.parse(scheme)

@@ -8,6 +8,7 @@ from kernel_cases import (
     A8_CASES,
     BARS,
     CASES,
+    CPU,
     FORMATS,
     SERVES,
     TIERS,
@@ -160,6 +161,17 @@ def test_tiers_agree_to_the_bit_on_integers(format: KernelFormat, tier: str) -> 
         results += [run(x, weight), run(x, weight, bias=bias, residual=residual, activation=4)]
     assert torch.equal(results[0], results[2])
     assert torch.equal(results[1], results[3])
+
+
+@over([next(case for case in CASES if case[1] == tier) for tier in TIERS if CPU.runs(tier)])
+def test_the_environment_chooses_the_tier(format: KernelFormat, tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QPASS_ISA", tier)
+    load.ensure(format)
+    assert load._registered[format.number].target[0] == tier
+    weight, x = Weight.random(70, 100, format), torch.randn(3, 100)
+    y = run(x, weight)
+    use(format, tier=tier)
+    assert torch.equal(run(x, weight), y)
 
 
 @pytest.mark.parametrize("format", covering(1), ids=name_of)

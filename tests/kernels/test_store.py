@@ -151,3 +151,19 @@ def test_two_processes_at_once(folder: Path) -> None:
     assert [process.communicate(timeout=120)[0] for process in processes] == [b"42\n"] * 4
     assert sorted(p.name for p in folder.glob("*/*")) == ["unit.sha256", "unit.so"]
     assert len(list(folder.iterdir())) == 1
+
+
+def test_the_cache_is_bounded(folder: Path) -> None:
+    units = [dataclasses.replace(UNIT, name=f"tiny{i}") for i in range(4)]
+    homes = [store.obtain(unit, folder, builder=_write).parent for unit in units]
+    for age, home in zip((4, 3, 2, 1), homes, strict=True):
+        os.utime(home, (1e9 - age, 1e9 - age))
+    store.obtain(units[0], folder, builder=_write)  # used again: no longer the oldest
+    assert store.prune(folder, most=2, kept_seconds=0) == 2
+    assert [home.exists() for home in homes] == [True, False, False, True]
+    assert store.prune(folder, most=0) == 1  # the one that was just used may be about to be opened
+    assert homes[0].exists()
+
+
+def _write(unit: Unit, output: Path, compiler: tuple[str, ...]) -> None:
+    output.write_bytes(unit.name.encode())

@@ -25,6 +25,7 @@ def prepare(*, debug: bool = False) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if debug:
         return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines on stderr
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore")
