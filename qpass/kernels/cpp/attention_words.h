@@ -174,6 +174,21 @@ void pack_keys(const Slots& slots, int64_t width, uint32_t* panel) {
   }
 }
 
+#ifdef __AVX512BW__
+// Half 0 or 1 of two rows of bf16 as pairs.
+template <int Half>
+QPASS_INLINE I32 interleave(I32 a, I32 b) {
+  alignas(64) static constexpr auto kOrder = [] {
+    struct {
+      uint16_t at[32];
+    } order{};
+    for (int i = 0; i < 32; i++) order.at[i] = uint16_t(Half * 16 + i / 2 + i % 2 * 32);
+    return order;
+  }();
+  return _mm512_permutex2var_epi16(a, load(&kOrder), b);
+}
+#endif
+
 // panel[word of the keys][stride], of which `width` rounded up to 16 are written.
 template <class T>
 void pack_values(const Slots& slots, int64_t width, int64_t stride, uint32_t* panel) {
@@ -181,7 +196,16 @@ void pack_values(const Slots& slots, int64_t width, int64_t stride, uint32_t* pa
   for (int64_t key = 0; key < ceil_to(slots.end, T::inputs); key += T::inputs, panel += stride) {
     const void* row = slots.at(key);
     const void* next = T::pairs ? slots.at(key + 1) : nullptr;
-    for (int64_t i = 0; i < width; i += kLanes)
+    int64_t i = 0;
+#ifdef __AVX512BW__
+    if constexpr (T::pairs && !T::codes)
+      for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
+        const I32 a = row ? load((const uint16_t*)row + i) : set(0), b = next ? load((const uint16_t*)next + i) : set(0);
+        store(panel + i, interleave<0>(a, b));
+        store(panel + i + kLanes, interleave<1>(a, b));
+      }
+#endif
+    for (; i < width; i += kLanes)
       store(panel + i, T::pairs ? or_(shr<16>(load_at(row, i)), load_at(next, i)) : load_at(row, i));
     for (int i = 0; i < T::inputs; i++) prefetch<T>(slots, key + i, width);
   }
