@@ -17,10 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpass.kernels.load import retune, tuning_of
+from qpass.kernels.plan import Path as Path_
+from qpass.kernels.plan import paths
 from qpass.kernels.rates import measure, measured_cpu
-from qpass.measure.linear import COPIES_BYTES, PEERS, Candidate, candidate
+from qpass.kernels.search import ALWAYS
+from qpass.measure.linear import COPIES_BYTES, PEERS, Candidate, candidate, format_of
 from qpass.measure.pictures import draw_roofline
 from qpass.measure.record import Record, append, read
+from qpass.scheme import Scheme
 
 SHAPES = ((8960, 1536), (1536, 8960), (1536, 1536))  # N, K: up, down and output projections of a 1.5B model
 TOKENS = (1, 2, 4, 5, 8, 16, 32, 64, 128, 512, 2048)
@@ -66,11 +71,40 @@ def grid(names: tuple[str, ...], tokens: tuple[int, ...], rounds: int) -> list[R
             rates = asdict(measure(cpu)) | {"read_bytes": sorted(reads)[len(reads) // 2]}
             for name, seen in times.items():
                 settings = {"name": name, "n": n, "k": k, "m": m, "weight_bytes": cases[name].weight_bytes}
+                if name in SCHEMES:
+                    format = format_of(Scheme.parse(name))
+                    settings["path"] = tuning_of(format).path(format, cpu.tier, m)
                 records.append(Record.of("linear", [1e3 * s for s in seen], "ms", settings | {"rates": rates}))
             print(
                 f"{k} -> {n}, M = {m}: " + ", ".join(f"{name} {1e3 * min(t):.3f}" for name, t in times.items()),
                 flush=True,
             )
+    return records
+
+
+def each_path(names: tuple[str, ...], tokens: tuple[int, ...]) -> list[Record]:
+    """Our schemes on the first shape, every way of walking it: what the performance model has to choose among."""
+    (n, k), cpu, records = SHAPES[0], measured_cpu(), []
+    for name in names:
+        case, format = candidate(name, n, k), format_of(Scheme.parse(name))
+        before = tuning_of(format)
+        for m in tokens:
+            x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(torch.bfloat16)
+            times: dict[Path_, list[float]] = {path: [] for path in paths(format, cpu.tier, m)}
+            reads = []
+            for _ in range(5):
+                reads.append(measure(cpu).read_bytes)
+                for path, seen in times.items():
+                    retune(format, ALWAYS[path])
+                    seen.append(case.seconds(x))
+            rates = asdict(measure(cpu)) | {"read_bytes": sorted(reads)[len(reads) // 2]}
+            for path, seen in times.items():
+                settings = {"name": name, "n": n, "k": k, "m": m, "path": path, "weight_bytes": case.weight_bytes}
+                records.append(Record.of("linear-path", [1e3 * s for s in seen], "ms", settings | {"rates": rates}))
+            print(
+                f"{name}, M = {m}: " + ", ".join(f"{path} {1e3 * min(t):.3f}" for path, t in times.items()), flush=True
+            )
+        retune(format, before)
     return records
 
 
@@ -100,16 +134,19 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", default=[*SCHEMES, *PEERS, INDUCTOR])
     parser.add_argument("--m", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--paths", action="store_true", help="time each way of walking a call instead")
     parser.add_argument("--from", dest="source", type=Path, help="draw these results instead of measuring")
     parser.add_argument("-o", "--output", type=Path, help="append the records to this file")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     with torch.no_grad():
-        records = (
-            [r for r in read(args.source) if r.what == "linear"]
-            if args.source
-            else grid(tuple(args.names), tuple(args.m), args.rounds)
-        )
+        if args.source:
+            records = [record for record in read(args.source) if record.what == "linear"]
+        elif args.paths:
+            ours = tuple(name for name in args.names if name in SCHEMES)
+            records = each_path(ours, tuple(m for m in args.m if m <= 128))
+        else:
+            records = grid(tuple(args.names), tuple(args.m), args.rounds)
     if args.output:
         append(args.output, records)
     if args.picture:

@@ -41,6 +41,13 @@ Lowering = Annotated[
         show_default=False,
     ),
 ]
+KV = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="int8 halves the memory of cached keys and values; by default they have the model's dtype.",
+        show_default=False,
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, warnings and logs.")]
 
 
@@ -90,6 +97,7 @@ def run(
     keep_weights: Annotated[
         bool, typer.Option("--keep-weights", help="Keep the full-precision weights in memory.")
     ] = False,
+    kv: KV = None,
     debug: Debug = False,
 ) -> None:
     """Generate text: it streams to stdout; times and memory follow on stderr."""
@@ -109,6 +117,7 @@ def run(
             seed=seed,
             chat=chat,
             keep_weights=keep_weights,
+            kv=kv,
         )
 
 
@@ -157,6 +166,7 @@ def profile(
     ] = None,
     exclude: Exclude = None,
     lowering: Lowering = None,
+    kv: KV = None,
     debug: Debug = False,
 ) -> None:
     """Where the time of one decode step goes: linears by shape, attention, the rest; a table and a picture."""
@@ -164,7 +174,7 @@ def profile(
         from qpass.frontends.commands import profile as command
 
         command.profile(
-            model, scheme=scheme, exclude=tuple(exclude or ()), lowering=lowering, context=context, output=output
+            model, scheme=scheme, exclude=tuple(exclude or ()), lowering=lowering, context=context, output=output, kv=kv
         )
 
 

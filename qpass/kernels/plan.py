@@ -39,6 +39,7 @@ UNPACK_OPS = {
 FOLD_OPS = 7.0  # a finished group into 16 totals: convert, zero, scale, add, load, store; measured on Zen 4, 2026-11
 DOT_EFFICIENCY = 0.92  # of the peak inside a tile: its loop, and the loads that begin it; measured on Zen 4, 2026-11
 LOAD_OPS = 0.5  # a load of 64 bytes beside arithmetic: two a cycle on every core since Haswell
+STORE_LOADS = 2.0  # a store of 64 bytes in loads of as many: one a cycle
 PREPARE_OPS = {"a16": 12.0, "a8": 14.0}  # 16 inputs: widen, (largest, scale, round, narrow), sum, store
 EPILOGUE_OPS = 10.0  # 16 outputs: load, bias, round, store
 DOT_LATENCY = {"a16": 6.0, "a8": 4.0}  # cycles, Zen 4 and Sapphire Rapids (uops.info: vdpbf16ps, vpdpbusd)
@@ -121,9 +122,12 @@ def linear_limit(format: KernelFormat, tier: Tier) -> int:
     return 0 if format.rule == "a16" else 6 if format.bits == 8 else 2
 
 
-def tile_rows(tier: Tier, path: Path) -> int:
-    """Rows of a register tile: 24 of 32 accumulators, 8 of 16, or an AMX tile."""
-    return 16 if path == "tiles" else 4 if tier in ("avx2", "avx_vnni") else 6
+def tile_rows(format: KernelFormat, tier: Tier, path: Path) -> int:
+    """Rows of a register tile: 24 of 32 accumulators, 8 of 16, or an AMX tile. Making bytes of 3 bits takes registers."""
+    if path == "tiles":
+        return 16
+    crowded = format.bits == 3 and format.rule != "a16" and path != "panel"
+    return 4 if crowded or tier in ("avx2", "avx_vnni") else 6
 
 
 def blocking(cpu: Cpu) -> Blocking:
@@ -140,7 +144,7 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
     kind = "a16" if format.rule == "a16" else "a8"
     macs_of_dot = 32 if kind == "a16" else 64
     n, k = format.blocks(shape.n, shape.glu) * BLOCK, format.padded_k(shape.k)
-    rows = tile_rows(tier, path)
+    rows = tile_rows(format, tier, path)
     passes = -(-shape.m // rows)  # of a tile over the weights
     operands = n * k / macs_of_dot  # of 64 bytes
     dots = operands * shape.m
@@ -156,11 +160,11 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
         vector_seconds = unpacked / rates.vector_ops if format.unpacks else 0.0
         compute = dot_seconds + vector_seconds + folding  # tiles wait for the panel, and the fold for the tiles
     else:
-        loads = operands * LOAD_OPS * ((1 + passes) if path == "panel" else passes)
+        loads = operands * LOAD_OPS * ((1 + STORE_LOADS + passes) if path == "panel" else passes)
         times = 1 if path in ("panel", "linear") else passes
         rate = (rates.int8_macs if kind == "a8" else rates.bf16_macs) / macs_of_dot
         height = min(shape.m, rows)
-        starved = max(1.0, DOT_LATENCY[kind] / (height * (1 if path == "linear" else 4)))  # too few sums in flight
+        starved = max(1.0, DOT_LATENCY[kind] / (height * 4))  # too few sums in flight
         multiplying = dots / rate / DOT_EFFICIENCY * starved
         compute = max(multiplying, (dots + unpacking * times + loads) / rates.vector_ops) + folding
     moved = format.packed_bytes(shape.n, shape.k, shape.glu)

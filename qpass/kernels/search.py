@@ -24,12 +24,13 @@ TILE_CANDIDATES = (1, 2, 4, 8, 16)
 WINS = 0.97
 """A path replaces a simpler one only if it is faster by more than timing noise."""
 
-_ALWAYS: dict[Path, Tuning] = {
+ALWAYS: dict[Path, Tuning] = {
     "linear": Tuning(NEVER, NEVER, NEVER),
     "stream": Tuning(0, NEVER, NEVER),
     "panel": Tuning(0, 0, NEVER),
     "tiles": Tuning(0, NEVER, 0),
 }
+"""Thresholds that have every call walked in one way."""
 
 
 def search(packed: Tensor, n: int, k: int, format: KernelFormat, cpu: Cpu) -> Tuning:
@@ -44,7 +45,7 @@ def search(packed: Tensor, n: int, k: int, format: KernelFormat, cpu: Cpu) -> Tu
     scale = 1.0 if format.rule == "a8-static" else None
 
     def seconds(path: Path, m: int) -> float:
-        load.retune(format, _ALWAYS[path], cpu)
+        load.retune(format, ALWAYS[path], cpu)
         x = torch.ones(m, k, dtype=torch.bfloat16)
         times = []
         for i in range(6 if m < 32 else 3):

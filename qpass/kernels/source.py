@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from qpass.cpu import Cpu, Tier
@@ -63,7 +65,19 @@ def kernel_unit(format: KernelFormat, cpu: Cpu, tier: Tier | None = None, *, emu
         if "avx512_bf16" not in cpu.isa and "-mavx512bf16" in flags:
             flags.remove("-mavx512bf16")
     text = _text(format, blocking(cpu))
-    return Unit(f"{format.name}-{tier}", text, (*COMMON_FLAGS, *flags), tuple(sorted(HEADERS.glob("*.h"))))
+    return Unit(f"{format.name}-{tier}", text, (*COMMON_FLAGS, *flags), included("kernel.h"))
+
+
+@cache
+def included(name: str) -> tuple[Path, ...]:
+    """The file and all headers that it includes, whatever the macros: edits of others don't rebuild its units."""
+    found, rest = [], [name]
+    while rest:
+        name = rest.pop()
+        if name not in found:
+            found.append(name)
+            rest += re.findall(r'^#include "(.+)"$', (HEADERS / name).read_text(), re.MULTILINE)
+    return tuple(HEADERS / name for name in sorted(found))
 
 
 def extras(cpu: Cpu, tier: Tier) -> tuple[str, ...]:
@@ -79,7 +93,7 @@ def _tier_flags(cpu: Cpu, tier: Tier) -> list[str]:
 
 def rates_unit(cpu: Cpu) -> Unit:
     """The unit that measures what this machine reaches at most."""
-    text, headers = (HEADERS / "rates.cpp").read_text(), tuple(sorted(HEADERS.glob("*.h")))
+    text, headers = (HEADERS / "rates.cpp").read_text(), included("rates.cpp")
     return Unit(f"rates-{cpu.tier}", text, (*COMMON_FLAGS, *_tier_flags(cpu, cpu.tier)), headers)
 
 

@@ -61,3 +61,13 @@ def test_a_model_that_is_not_there():
         out = _qpass(command, "/no/such/folder")
         assert out.exit_code == 2
         assert "does not exist" in out.stderr
+
+
+def test_an_int8_cache_answers_too(checkpoint):
+    out = _qpass("run", checkpoint, "--prompt", "hello", "--max-new-tokens", 4, "--kv", "int8")
+    assert out.exit_code == 0, out.output
+    assert out.stdout.strip()
+    wrong = _qpass("run", checkpoint, "--prompt", "hello", "--kv", "int3")
+    assert wrong.exit_code == 2
+    assert "int3" in wrong.stderr
+    assert "int8" in wrong.stderr

@@ -105,3 +105,10 @@ def test_python_and_c_agree_on_the_size(format: KernelFormat) -> None:
     assert (table.format, table.rule) == (format.number, RULES.index(format.rule))
     for n, k, glu in ((1, 1, False), (64, 128, False), (65, 129, False), (2, 33, True), (130, 391, True)):
         assert table.packed_bytes(n, k, glu) == format.packed_bytes(n, k, glu)
+
+
+def test_a_unit_knows_its_headers() -> None:
+    """All that the compiler reads, for every tier, and no other unit's: they are part of a built unit's identity."""
+    names = {path.name for path in kernel_unit(FORMATS[0], CPU, "avx512_vnni").headers}
+    assert {"kernel.h", "abi.h", "layout.h", "isa_avx2.h", "isa_avx512.h", "isa_amx.h", "simd_avx2.h"} <= names
+    assert not {name for name in names if name.startswith(("attention", "binding"))}

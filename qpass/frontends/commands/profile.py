@@ -12,7 +12,14 @@ from qpass.frontends.commands import session
 
 
 def profile(
-    model: str, *, scheme: str, exclude: Sequence[str], lowering: str | None, context: int, output: Path | None
+    model: str,
+    *,
+    scheme: str,
+    exclude: Sequence[str],
+    lowering: str | None,
+    context: int,
+    output: Path | None,
+    kv: str | None = None,
 ) -> None:
     """The table goes to stdout, the picture to ``output``. Raises QpassError."""
     session.check(model, scheme)
@@ -30,7 +37,7 @@ def profile(
     steps, warm_up = 16, 4
     compile = session.compiler(scheme, exclude, lowering, release_weights=True)
     with named_kernels():
-        ready = session.ready(loaded, compile, f"prompt and token step, {scheme}")
+        ready = session.ready(loaded, compile, f"prompt and token step, {scheme}", kv)
     decoder = ready.decoder
     if decoder is None:
         raise UnsupportedError(ready.reason or f"{model} can't be decoded on a static cache")

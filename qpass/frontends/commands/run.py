@@ -28,6 +28,7 @@ def run(
     seed: int | None,
     chat: bool | None,
     keep_weights: bool,
+    kv: str | None = None,
 ) -> None:
     """Text goes to stdout as it comes, everything else to stderr. Raises QpassError."""
     session.check(model, scheme)
@@ -43,7 +44,7 @@ def run(
     input_ids = encode(loaded.tokenizer, prompt, chat)
     loaded_bytes = memory.resident_bytes()
     compile = session.compiler(scheme, exclude, lowering, release_weights=not keep_weights)
-    ready = session.ready(loaded, compile, f"prompt and token step, {scheme}")
+    ready = session.ready(loaded, compile, f"prompt and token step, {scheme}", kv)
     if ready.decoder is None:
         _run_fallback(ready, input_ids, max_new_tokens, sampling, seed, console)
         return

@@ -82,17 +82,17 @@ def baseline() -> Callable[..., Any]:
     return functools.partial(torch.compile, backend="inductor", fullgraph=True, dynamic=False)
 
 
-def ready(loaded: Loaded, compile: Callable[..., Any], what: str) -> Ready:
+def ready(loaded: Loaded, compile: Callable[..., Any], what: str, kv_dtype: str | None = None) -> Ready:
     """Compile and warm up. A model that can't run on the static cache gets its own ``generate``, and a reason.
 
-    Raises OptionError for a module pattern that matches nothing.
+    Raises OptionError for a module pattern that matches nothing, and for a ``kv_dtype`` that the cache can't have.
     """
     import qpass
     from qpass.runtime.decoder import Decoder
 
     whole = compile(loaded.model)  # costs nothing before its first call, but checks the patterns against the modules
     try:
-        decoder = Decoder(loaded.model, compile)
+        decoder = Decoder(loaded.model, compile, kv_dtype=kv_dtype)
     except UnsupportedError as error:
         return Ready(loaded, None, whole, str(error), 0.0, 0, None)
     with progress.waiting(f"compiling {what}"):
