@@ -123,6 +123,19 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, row_mask)
 
 
+def keep_tables(model: nn.Module) -> None:
+    """Have the cosines and sines of rotary embeddings computed once a step, not in every layer for every head."""
+    for module in model.modules():
+        if hasattr(module, "inv_freq") and not hasattr(module, "_qpass_keeps_tables"):
+            module.register_forward_hook(_table_in_memory)
+            object.__setattr__(module, "_qpass_keeps_tables", True)
+
+
+def _table_in_memory(module: nn.Module, args: Any, out: Any) -> Any:
+    pair = isinstance(out, tuple) and all(isinstance(t, Tensor) for t in out)
+    return tuple(_in_memory(t) for t in out) if pair else out
+
+
 def prepare() -> str | None:
     """Load the native attention; the reason in a sentence where this machine can't have it and plain torch serves."""
     try:

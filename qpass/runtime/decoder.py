@@ -65,6 +65,7 @@ class Decoder:
         self.kv_dtype = kv_dtype
         compile = compile or (lambda function: function)
         attention.prepare()
+        attention.keep_tables(model)
         self.model: Any = model
         self.shapes = probe(model)
         self.prompt_step = compile(make_prompt(model))
