@@ -31,22 +31,23 @@ UNPACK_OPS = {
     (4, "a8"): 1.5,  # and; shift, and
     (3, "a8"): 2.75,  # select of two planes, shift, and
     (2, "a8"): 1.75,  # shift, and
-    (8, "a16"): 4.5,  # three lookups and blends for two operands of a row, with VBMI
+    (8, "a16"): 12.0,  # lookups in pairs of registers, on one port, and blends: for two operands of a row, with VBMI
     (4, "a16"): 1.75,  # shift and lookup
     (3, "a16"): 2.5,  # select, shift, lookup
     (2, "a16"): 1.75,
 }
-FOLD_OPS = 7.0  # a finished group into 16 totals: convert, zero, scale, add, load, store; measured on Zen 4, 2026-11
-DOT_EFFICIENCY = 0.92  # of the peak inside a tile: its loop, and the loads that begin it; measured on Zen 4, 2026-11
+FOLD_OPS = 15.0  # a finished group into 16 totals: convert, zero, scale, add, load, store; measured on Zen 4, 2026-11
+DOT_EFFICIENCY = 0.79  # of the peak inside a tile: its loop, and the loads that begin it; measured on Zen 4, 2026-11
 LOAD_OPS = 0.5  # a load of 64 bytes beside arithmetic: two a cycle on every core since Haswell
-STORE_LOADS = 2.0  # a store of 64 bytes in loads of as many: one a cycle
+STORE_OPS = 2.0  # a store of 64 bytes: one a cycle
 PREPARE_OPS = {"a16": 12.0, "a8": 14.0}  # 16 inputs: widen, (largest, scale, round, narrow), sum, store
-EPILOGUE_OPS = 10.0  # 16 outputs: load, bias, round, store
+EPILOGUE_OPS = 6.0  # 16 outputs: load, bias, round, store
 DOT_LATENCY = {"a16": 6.0, "a8": 4.0}  # cycles, Zen 4 and Sapphire Rapids (uops.info: vdpbf16ps, vpdpbusd)
-LINEAR_READ = 1.0  # of the read bandwidth: the hardware prefetcher follows one stream best
-STREAM_READ = 0.9  # four streams a block; measured on Zen 4, 2026-11
-CALL_SECONDS = 4e-6  # the op's call and the waking of the other threads, measured on Zen 4, 2026-11
-OVERLAP = 4.0  # exponent of the norm that joins memory and arithmetic: they overlap, but not where both are the limit
+LINEAR_READ = 0.82  # of the read bandwidth: the hardware prefetcher follows one stream best
+STREAM_READ = 0.72  # four streams a block; measured on Zen 4, 2026-11
+L3_READ = 5.0  # times the memory's rate; measured on Zen 4, 2026-11
+CALL_SECONDS = 9e-6  # the op's call and the waking of the other threads, measured on Zen 4, 2026-11
+OVERLAP = 6.0  # exponent of the norm that joins memory and arithmetic: they overlap, but not where both are the limit
 
 
 @dataclass(frozen=True)
@@ -160,17 +161,23 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
         vector_seconds = unpacked / rates.vector_ops if format.unpacks else 0.0
         compute = dot_seconds + vector_seconds + folding  # tiles wait for the panel, and the fold for the tiles
     else:
-        loads = operands * LOAD_OPS * ((1 + STORE_LOADS + passes) if path == "panel" else passes)
-        times = 1 if path in ("panel", "linear") else passes
-        rate = (rates.int8_macs if kind == "a8" else rates.bf16_macs) / macs_of_dot
+        rate = (rates.int8_macs if kind == "a8" else rates.bf16_macs) / macs_of_dot * DOT_EFFICIENCY
         height = min(shape.m, rows)
-        starved = max(1.0, DOT_LATENCY[kind] / (height * 4))  # too few sums in flight
-        multiplying = dots / rate / DOT_EFFICIENCY * starved
-        compute = max(multiplying, (dots + unpacking * times + loads) / rates.vector_ops) + folding
+        multiplying = dots / rate * max(1.0, DOT_LATENCY[kind] / (height * 4))  # at least: too few sums in flight
+        if path == "panel":
+            beforehand = operands * (UNPACK_OPS[format.bits, kind] + LOAD_OPS + STORE_OPS) / rates.vector_ops
+            compute = beforehand + max(multiplying, (dots + operands * LOAD_OPS * passes) / rates.vector_ops)
+        else:
+            times = 1 if path == "linear" else passes
+            compute = max(multiplying, (dots + (unpacking + operands * LOAD_OPS) * times) / rates.vector_ops)
+        compute += folding
     moved = format.packed_bytes(shape.n, shape.k, shape.glu)
     memory = moved / (rates.read_bytes * (LINEAR_READ if path == "linear" else STREAM_READ))
     tasks = format.blocks(shape.n, shape.glu) // (2 if shape.glu else 1) * -(-shape.m // blocking(cpu).task_rows)
     idle = -(-tasks // cpu.cores) * cpu.cores / tasks  # the last tasks leave threads without work
+    prepared = shape.m * k * (2 if kind == "a16" else 1)
+    if prepared > cpu.l2_bytes // 2:  # activations come from the next cache again, for every block of outputs
+        compute += n / BLOCK * prepared / (rates.read_bytes * L3_READ)
     prepare = shape.m * k / LANES * PREPARE_OPS[kind] / rates.vector_ops * (cpu.cores if shape.m == 1 else 1)
     finish = shape.m * n / LANES * EPILOGUE_OPS / rates.vector_ops
     busy = (memory**OVERLAP + (compute * idle) ** OVERLAP) ** (1 / OVERLAP)
