@@ -33,8 +33,8 @@ def draw_profile(profile: Profile, title: str, path: Path) -> None:
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(2, 1, figsize=(9, 3.6), sharex=True, gridspec_kw={"hspace": 0.55})
     for axis, parts, name in (
-        (axes[0], profile.parts, "one step"),
-        (axes[1], profile.linears, "its linears, by shape"),
+        (axes[0], profile.parts, "one step, milliseconds"),
+        (axes[1], profile.linears, "its linears by shape (inputs, packed weight), milliseconds"),
     ):
         left = 0.0
         for index, part in enumerate(parts):
@@ -68,8 +68,6 @@ def draw_profile(profile: Profile, title: str, path: Path) -> None:
         )
         for side in ("top", "right", "left"):
             axis.spines[side].set_visible(False)
-    axes[1].set_xlabel("milliseconds", color=INK)
-    axes[1].xaxis.set_label_coords(0.95, -0.2)
     figure.suptitle(title, x=0.125, ha="left", fontsize=11, color=INK)
     _save(figure, path)
 
