@@ -57,7 +57,7 @@ def speed(args: argparse.Namespace) -> list[record.Record]:
     loaded = load(args.model)
     ids = prompt(loaded, args.prompt)
     runs, limits = {}, {}
-    bandwidth = measure_bandwidth_gbps()
+    bandwidth = max(measure_bandwidth_gbps() for _ in range(3))  # it drifts: a limit is the best of it
     for variant in args.schemes:
         decoder = Decoder(loaded.model, compiled(variant, release=False))
         seconds = decoder.warm_up()

@@ -23,23 +23,37 @@ COLUMNS = {
 }
 
 
-def latest(records: Iterable[Record]) -> dict[tuple[str, str, str], Record]:
-    """The last record of each (model, variant, what)."""
-    return {
-        (r.settings.get("model", ""), r.settings.get("variant", ""), r.what): r for r in records if r.what in COLUMNS
-    }
+Key = tuple[tuple[str, int], str, str]
+"""(model, prompt's tokens), variant, what. Memory and compile time know no prompt: they go with the shortest."""
+
+
+def latest(records: Iterable[Record]) -> dict[Key, Record]:
+    """The last record of each key."""
+    kept = [r for r in records if r.what in COLUMNS]
+    shortest: dict[str, int] = {}
+    for r in kept:
+        model, tokens = r.settings.get("model", ""), r.settings.get("prompt")
+        if tokens is not None:
+            shortest[model] = min(tokens, shortest.get(model, tokens))
+    found: dict[Key, Record] = {}
+    for r in kept:
+        model = r.settings.get("model", "")
+        tokens = r.settings.get("prompt", shortest.get(model, 0))
+        found[(model, tokens), r.settings.get("variant", ""), r.what] = r
+    return found
 
 
 def markdown(records: Iterable[Record], baseline: str = "inductor") -> str:
-    """One table a model: a row a variant; times relative to the baseline's in parentheses."""
+    """One table a model and prompt: a row a variant; times relative to the baseline's in parentheses."""
     found = latest(records)
     parts = []
-    for model in dict.fromkeys(key[0] for key in found):
-        mine = {key[1:]: record for key, record in found.items() if key[0] == model}
+    for model, tokens in dict.fromkeys(key[0] for key in found):
+        mine = {key[1:]: record for key, record in found.items() if key[0] == (model, tokens)}
+        columns = {what: title for what, title in COLUMNS.items() if any(key[1] == what for key in mine)}
         parts.append(_heading(model, list(mine.values())))
-        parts.append("| variant | " + " | ".join(COLUMNS.values()) + " |\n|---|" + "---:|" * len(COLUMNS))
+        parts.append("| variant | " + " | ".join(columns.values()) + " |\n|---|" + "---:|" * len(columns))
         for variant in dict.fromkeys(key[0] for key in mine):
-            cells = [_cell(mine.get((variant, what)), mine.get((baseline, what)), what) for what in COLUMNS]
+            cells = [_cell(mine.get((variant, what)), mine.get((baseline, what)), what) for what in columns]
             parts.append(
                 f"| {'bf16, stock Inductor' if variant == baseline else f'`{variant}`'} | " + " | ".join(cells) + " |"
             )

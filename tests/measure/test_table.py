@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,19 @@ def test_ratios_shares_and_the_latest() -> None:
             record("ttft", "w4a16-g128", 50.0),
         ]
     )
-    assert "| bf16, stock Inductor | - | 100 | - | - | - |" in text
-    assert "| `w4a16-g128` | 50 | 25 (4.00x) [80%] | - | - | - |" in text
+    assert "| bf16, stock Inductor | - | 100 |" in text
+    assert "| `w4a16-g128` | 50 | 25 (4.00x) [80%] |" in text
+
+
+def test_a_table_for_each_prompt() -> None:
+    """What knows no prompt goes with the shortest one."""
+    long = replace(record("tpot", "w8a16", 40.0), settings={**record("", "w8a16", 0).settings, "prompt": 1024})
+    memory = replace(record("rss", "w8a16", 900.0), settings={"model": "m", "variant": "w8a16"})
+    text = table.markdown([long, record("tpot", "w8a16", 30.0), memory])
+    assert text.count("| variant |") == 2
+    assert "1024-token prompt" in text
+    assert "| `w8a16` | 30 | 900 |" in text
+    assert "| `w8a16` | 40 |" in text
 
 
 def test_marks_are_needed() -> None:
