@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,10 +39,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Profile:
-    """``parts`` add up to ``step_ms``, the mean wall time of a step under the profiler; ``alone_ms`` is the median without it."""
+    """``parts`` add up to ``step_ms``, the mean wall time of a step without the profiler (or their sum, if that is more)."""
 
     step_ms: float
-    alone_ms: float
     parts: tuple[Part, ...]
     linears: tuple[Part, ...]  # the linear part by (K, packed bytes)
 
@@ -65,20 +63,31 @@ def named_kernels() -> Iterator[None]:
         yield
 
 
-def profile_steps(step: Callable[[int], Any], steps: int = 16, warm_up: int = 4) -> Profile:
-    """Run ``step(i)`` for i = 0, 1, ... : first alone for its wall time, then under torch's profiler for its parts."""
-    wall: list[float] = []
-    for i in range(warm_up + steps):
+def profile_steps(step: Callable[[int], Any], steps: int = 16, warm_up: int = 4, turns: int = 4) -> Profile:
+    """Run ``step(i)`` for i = 0, 1, ...: some alone for their wall time, some under torch's profiler for their parts, in turns.
+
+    The profiler adds microseconds to every op, which would all look like Python's; so the rest is what the wall time
+    without it leaves. Runs ``warm_up + 2 * steps`` steps.
+    """
+    index = 0
+
+    def run(count: int) -> float:
+        nonlocal index
         started = time.perf_counter()
-        step(i)
-        if i >= warm_up:
-            wall.append(1e3 * (time.perf_counter() - started))
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        started = time.perf_counter()
-        for i in range(steps):
-            step(warm_up + steps + i)
-        step_ms = 1e3 * (time.perf_counter() - started) / steps
-    return _sort(profiler.key_averages(group_by_input_shape=True), step_ms, statistics.median(wall), steps)
+        for _ in range(count):
+            step(index)
+            index += 1
+        return 1e3 * (time.perf_counter() - started)
+
+    run(warm_up)
+    alone_ms, events = 0.0, []
+    for _ in range(turns):
+        alone_ms += run(steps // turns)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            run(steps // turns)
+        events.extend(profiler.key_averages(group_by_input_shape=True))
+    count = steps // turns * turns
+    return _sort(events, alone_ms / count, count)
 
 
 def kind_of(event: str) -> str | None:
@@ -86,7 +95,7 @@ def kind_of(event: str) -> str | None:
     return next((kind for kind, prefixes in KINDS.items() if event.startswith(prefixes)), None)
 
 
-def _sort(events: Sequence[Any], step_ms: float, alone_ms: float, steps: int) -> Profile:
+def _sort(events: Sequence[Any], alone_ms: float, steps: int) -> Profile:
     kinds: dict[str, list[float]] = {}
     linears: dict[tuple[int, int], list[float]] = {}
     for event in events:
@@ -99,14 +108,15 @@ def _sort(events: Sequence[Any], step_ms: float, alone_ms: float, steps: int) ->
             x, packed = event.input_shapes[:2]
             _add(linears, (x[-1], packed[0]), ms, calls)
     parts = [Part(kind, ms, calls) for kind, (ms, calls) in kinds.items()]
-    parts.append(Part(REST, max(0.0, step_ms - sum(part.ms for part in parts)), 1.0))
+    known_ms = sum(part.ms for part in parts)
+    step_ms = max(alone_ms, known_ms)
+    parts.append(Part(REST, step_ms - known_ms, 1.0))
     shapes = [
         Part(f"K = {k}, {size / 1e6:.1f} MB", ms, calls, round(size * calls))
         for (k, size), (ms, calls) in linears.items()
     ]
     return Profile(
         step_ms,
-        alone_ms,
         tuple(sorted(parts, key=lambda part: -part.ms)),
         tuple(sorted(shapes, key=lambda part: -part.ms)),
     )

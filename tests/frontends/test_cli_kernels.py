@@ -33,7 +33,7 @@ def test_profile_adds_up_and_draws(checkpoint, tmp_path):
     assert out.exit_code == 0, out.output
     parts = dict(re.findall(r"│ (\w[\w ]*?)\s+│\s+([\d.]+) │", out.stdout))
     assert {"linear", "attention", "pointwise", "rest"} <= set(parts)
-    step = float(re.search(r"([\d.]+)\s+ms\s+under", out.stdout).group(1))
+    step = float(re.search(r"context of 20,\s+([\d.]+)\s+ms", out.stdout).group(1))
     total = sum(float(ms) for name, ms in parts.items() if not name.startswith("K ="))
     assert abs(total - step) < 0.1 + 0.01 * len(parts)  # as printed, rounded
     assert picture.read_text().startswith("<?xml")

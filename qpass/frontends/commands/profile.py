@@ -62,7 +62,7 @@ def profile(
     bandwidth = measure_bandwidth_gbps()
     console = Console(highlight=False)
     table = Table(
-        title=f"{Path(model).name}, {scheme}: one token at a context of {context}, {found.alone_ms:.1f} ms",
+        title=f"{Path(model).name}, {scheme}: one token at a context of {context}, {found.step_ms:.1f} ms",
         title_justify="left",
     )
     for column in ("part", "ms", "share", "calls", "GB/s", "of the memory's"):
@@ -81,13 +81,13 @@ def profile(
                 )
     console.print(table)
     console.print(
-        f"outside of the linears: {found.outside_linears:.1%}; {found.step_ms:.1f} ms under the profiler; the memory reads {bandwidth:.1f} GB/s",
+        f"outside of the linears: {found.outside_linears:.1%}; the memory reads {bandwidth:.1f} GB/s",
         markup=False,
     )
     if output is not None:
         pictures.draw_profile(
             found,
-            f"{Path(model).name}, {scheme}: one token at a context of {context} takes {found.alone_ms:.1f} ms",
+            f"{Path(model).name}, {scheme}: one token at a context of {context} takes {found.step_ms:.1f} ms",
             output,
         )
         console.print(f"picture: {output}", markup=False)
