@@ -32,6 +32,9 @@ from qpass.passes.context import Context
 STORE = WeightStore(algorithm=rtn, is_released=released_name)
 """One a process: a weight that several compiled models share is packed once."""
 
+INDUCTOR = {"size_asserts": False, "alignment_asserts": False}
+"""The wrapper's checks of every buffer's size and stride cost a step of 30 layers 400 calls; our ops check what they are given."""
+
 _kept: dict[int, weakref.ref[Tensor]] = {}  # parameters that some compiled graph still reads as they are
 
 
@@ -109,7 +112,7 @@ def _compile(
     packed_at = time.perf_counter()
     try:
         with torch.no_grad(), progress.waiting("compiling the graph"):
-            compiled = compile_fx(lowered, example_inputs)
+            compiled = compile_fx(lowered, example_inputs, config_patches=INDUCTOR)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         # Dynamo would answer these with a graph break and an eager run, without a word.
         raise QpassError(f"Inductor could not compile the rewritten graph: {error}") from error

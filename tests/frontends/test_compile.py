@@ -284,7 +284,7 @@ class TestRefusals:
 
         from qpass.frontends import backend
 
-        def fail(*args: object) -> None:
+        def fail(*args: object, **kwargs: object) -> None:
             raise UnsupportedOperatorException(torch.ops.aten.add.Tensor)
 
         monkeypatch.setattr(backend, "compile_fx", fail)
