@@ -119,5 +119,5 @@ def binding_unit(include: tuple[str, ...], library: tuple[str, ...]) -> Unit:
     )
     includes = tuple(f"-isystem{folder}" for folder in include)
     libraries = (*(f"-L{folder}" for folder in library), "-ltorch_cpu", "-lc10")
-    headers = (HEADERS / "abi.h", HEADERS / "binding.h")
+    headers = (HEADERS / "abi.h", HEADERS / "binding.h", HEADERS / "scratch.h")
     return Unit("binding", (HEADERS / "binding.cpp").read_text(), (*flags, *includes), headers, libraries)

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "scratch.h"
 
 namespace {
 
@@ -32,36 +33,6 @@ std::string shape_of(const Tensor& t) {
   for (int64_t d = 0; d < t.dim(); d++) s += (d ? ", " : "") + std::to_string(t.size(d));
   return s + "]";
 }
-
-// Grows and is kept: a decode step calls 200 times with the same few sizes. Large requests are given back after the
-// call.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { free(data_); }
-  void* get(int64_t bytes) {
-    if (bytes > size_) {
-      free(data_);
-      size_ = 0;
-      data_ = aligned_alloc(64, size_t((bytes + 4095) / 4096 * 4096));
-      if (data_) size_ = bytes;
-    }
-    return data_;
-  }
-  void trim() {
-    if (size_ <= kKeep) return;
-    free(data_);
-    data_ = nullptr;
-    size_ = 0;
-  }
-
- private:
-  static constexpr int64_t kKeep = 32 << 20;
-  void* data_ = nullptr;
-  int64_t size_ = 0;
-};
 
 thread_local Scratch activations;  // of the calling thread, read by the workers
 thread_local Scratch worker;       // of each thread that runs tasks
