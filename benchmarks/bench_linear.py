@@ -8,6 +8,8 @@ through copies of its weight that leave every cache behind; a round is one pass 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ SCHEMES = ("w4a16-g128", "w4a8-g128", "w8a16", "w8a8-dynamic", "w3a8-g64", "w2a8
 @pytest.mark.parametrize("m", TOKENS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[1]}to{s[0]}")
 @pytest.mark.parametrize("name", [*SCHEMES, *PEERS])
-def test_linear(benchmark, name: str, shape: tuple[int, int], m: int) -> None:  # type: ignore[no-untyped-def]
+def test_linear(benchmark: Any, name: str, shape: tuple[int, int], m: int) -> None:
     if m > 16 and name in ("int4pack-g128", "int8pack"):
         pytest.skip("ATen's weight-only kernels are written for few tokens: seconds a case here")
     (n, k), cpu = shape, measured_cpu()

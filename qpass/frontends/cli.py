@@ -21,7 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_SCHEMES = "w16a16, w8a16, w8a8-dynamic, w4a16-g32, -g64 or -g128, w4a8-g32, -g64 or -g128"
+_SCHEMES = "w16a16, w8a16, w8a8-dynamic, w4a16-g32, -g64 or -g128, w4a8-g32, -g64 or -g128, w3a16-g64, w2a16-g32"
 
 Model = Annotated[
     str, typer.Argument(help="A folder with a config.json, a .gguf file, or a hub id.", show_default=False)

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from qpass.algorithms.rtn import rtn
 from qpass.assignment import Assignment
 from qpass.cpu import detect
-from qpass.errors import UnsupportedError
+from qpass.errors import QpassError, UnsupportedError
 from qpass.frontends.hf import locate
 from qpass.lowering.site import Site
 from qpass.lowering.store import WeightStore
@@ -69,6 +69,9 @@ def sites_of(source: str, scheme: Any, exclude: Sequence[str] = ()) -> list[Site
                 torch.zeros(1, 4, dtype=torch.int64, device="meta"), use_cache=False
             )
     except Exception as error:
+        own = getattr(error, "inner_exception", error)  # Dynamo wraps what a backend raises
+        if isinstance(own, QpassError):
+            raise own from error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedError(f"{source} could not be traced without its weights: {first}") from error
     return found

@@ -8,20 +8,12 @@ from pathlib import Path
 
 from qpass.cpu import Cpu, Tier, detect
 from qpass.errors import KernelError
-from qpass.kernels.source import COMMON_FLAGS, HEADERS, Unit, binding_unit
+from qpass.kernels.load import open_library
+from qpass.kernels.source import COMMON_FLAGS, Unit, binding_unit, included, tier_flags
 from qpass.kernels.store import obtain
-
-_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mbmi2")
-_TIER_FLAGS: dict[Tier, tuple[str, ...]] = {
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512_vnni": _AVX512,
-    "amx": (*_AVX512, "-mavx512bf16"),
-}
-_NEEDED = ("abi.h", "attention*.h", "simd*.h")
 
 _lock = threading.Lock()
 _binding: ctypes.CDLL | None = None
-_units: dict[Unit, ctypes.CDLL] = {}  # opened once, never closed: their code may be running
 _serving: Unit | None = None
 
 
@@ -31,22 +23,14 @@ def attention_unit(cpu: Cpu, tier: Tier | None = None, *, pairs: bool = True) ->
     ``pairs`` False leaves the bf16 dot product out, as on a CPU without one: for tests.
     """
     tier = tier or cpu.tier
-    if tier not in _TIER_FLAGS:
-        raise KernelError(f"the attention kernel needs AVX2; this CPU is {cpu.name} with tier {tier}")
-    flags = [flag for flag in _TIER_FLAGS[tier] if pairs or flag != "-mavx512bf16"]
-    if tier == "avx512_vnni" and pairs and "avx512_bf16" in cpu.isa:
-        flags.append("-mavx512bf16")
-    headers = tuple(sorted(path for pattern in _NEEDED for path in HEADERS.glob(pattern)))
+    try:
+        flags = tier_flags(cpu, tier)
+    except ValueError as error:
+        raise KernelError(f"the attention kernel needs AVX2; this CPU is {cpu.name} with tier {tier}") from error
+    if not pairs:
+        flags = [flag for flag in flags if flag != "-mavx512bf16"]
     text = '#include "attention.h"\nQPASS_DEFINE_ATTENTION()\n'
-    return Unit(f"attention-{tier}", text, (*COMMON_FLAGS, *flags), headers)
-
-
-def attention_binding_unit(include: tuple[str, ...], library: tuple[str, ...]) -> Unit:
-    """The unit that registers ``qpass::attention`` with torch, whose folders the caller knows."""
-    linears = binding_unit(include, library)
-    headers = tuple(HEADERS / name for name in ("abi.h", "attention_abi.h", "scratch.h"))
-    text = (HEADERS / "binding_attention.cpp").read_text()
-    return Unit("binding-attention", text, linears.flags, headers, linears.libraries)
+    return Unit(f"attention-{tier}", text, (*COMMON_FLAGS, *flags), included("attention.h"))
 
 
 def ensure(cpu: Cpu | None = None, tier: Tier | None = None, *, pairs: bool = True) -> None:
@@ -56,9 +40,7 @@ def ensure(cpu: Cpu | None = None, tier: Tier | None = None, *, pairs: bool = Tr
         unit = attention_unit(cpu or detect(), tier, pairs=pairs)
         if unit == _serving:
             return
-        if unit not in _units:
-            _units[unit] = ctypes.CDLL(str(obtain(unit)), mode=ctypes.RTLD_LOCAL)
-        library = _units[unit]
+        library = open_library(obtain(unit))
         library.qpass_attention_kernel.restype = ctypes.c_void_p
         if _load_binding().qpass_register_attention(library.qpass_attention_kernel()):
             raise KernelError(f"{unit.name} was built for another version of its interface")
@@ -71,8 +53,8 @@ def _load_binding() -> ctypes.CDLL:
         import torch
 
         root = Path(torch.__file__).parent
-        unit = attention_binding_unit((str(root / "include"),), (str(root / "lib"),))
-        binding = ctypes.CDLL(str(obtain(unit)), mode=ctypes.RTLD_LOCAL)
+        unit = binding_unit((str(root / "include"),), (str(root / "lib"),), "binding_attention")
+        binding = open_library(obtain(unit))
         binding.qpass_register_attention.argtypes = (ctypes.c_void_p,)
         binding.qpass_register_attention.restype = ctypes.c_int
         _binding = binding

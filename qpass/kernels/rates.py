@@ -50,8 +50,8 @@ def measure(cpu: Cpu) -> Rates:
             library.qpass_rate_tiles.restype = ctypes.c_double
             products = _REPEATS // 20
             tiles = [
-                rate(lambda _, kind=kind: library.qpass_rate_tiles(products, kind), 4.0 * 16 * 16 * inputs * products)  # type: ignore[misc]
-                for kind, inputs in ((0, 64), (1, 32))
+                rate(lambda _: library.qpass_rate_tiles(products, 0), 4.0 * 16 * 16 * 64 * products),
+                rate(lambda _: library.qpass_rate_tiles(products, 1), 4.0 * 16 * 16 * 32 * products),
             ]
     return Rates(read, int8, bf16, vector, *tiles)
 

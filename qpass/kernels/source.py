@@ -59,7 +59,7 @@ def kernel_unit(format: KernelFormat, cpu: Cpu, tier: Tier | None = None, *, emu
     encoding of the same dot product (avx_vnni).
     """
     tier = tier or cpu.tier
-    flags = _tier_flags(cpu, tier)
+    flags = tier_flags(cpu, tier)
     if emulate:
         flags.append(f"-DQPASS_{tier.upper()}_EMULATED")
         if "avx512_bf16" not in cpu.isa and "-mavx512bf16" in flags:
@@ -85,7 +85,8 @@ def extras(cpu: Cpu, tier: Tier) -> tuple[str, ...]:
     return tuple(name for name in _EXTRAS if name in cpu.isa) if tier in ("avx512_vnni", "amx") else ()
 
 
-def _tier_flags(cpu: Cpu, tier: Tier) -> list[str]:
+def tier_flags(cpu: Cpu, tier: Tier) -> list[str]:
+    """The compiler's flags for a tier, and for what this CPU has beyond it. Raises ValueError for a tier without kernels."""
     if tier not in _TIER_FLAGS:
         raise ValueError(f"there are no kernels for tier {tier}")
     return list(dict.fromkeys((*_TIER_FLAGS[tier], *(_EXTRAS[name] for name in extras(cpu, tier)))))
@@ -94,7 +95,7 @@ def _tier_flags(cpu: Cpu, tier: Tier) -> list[str]:
 def rates_unit(cpu: Cpu) -> Unit:
     """The unit that measures what this machine reaches at most."""
     text, headers = (HEADERS / "rates.cpp").read_text(), included("rates.cpp")
-    return Unit(f"rates-{cpu.tier}", text, (*COMMON_FLAGS, *_tier_flags(cpu, cpu.tier)), headers)
+    return Unit(f"rates-{cpu.tier}", text, (*COMMON_FLAGS, *tier_flags(cpu, cpu.tier)), headers)
 
 
 def _text(format: KernelFormat, blocking: Blocking) -> str:
@@ -107,8 +108,8 @@ def _text(format: KernelFormat, blocking: Blocking) -> str:
     )
 
 
-def binding_unit(include: tuple[str, ...], library: tuple[str, ...]) -> Unit:
-    """The unit that registers ``qpass::packed_linear`` with torch, whose folders the caller knows."""
+def binding_unit(include: tuple[str, ...], library: tuple[str, ...], name: str = "binding") -> Unit:
+    """The unit of ``cpp/<name>.cpp``, which registers native ops with torch; the caller knows torch's folders."""
     flags = (
         "-std=c++20",
         "-O2",
@@ -119,5 +120,4 @@ def binding_unit(include: tuple[str, ...], library: tuple[str, ...]) -> Unit:
     )
     includes = tuple(f"-isystem{folder}" for folder in include)
     libraries = (*(f"-L{folder}" for folder in library), "-ltorch_cpu", "-lc10")
-    headers = (HEADERS / "abi.h", HEADERS / "binding.h", HEADERS / "scratch.h")
-    return Unit("binding", (HEADERS / "binding.cpp").read_text(), (*flags, *includes), headers, libraries)
+    return Unit(name, (HEADERS / f"{name}.cpp").read_text(), (*flags, *includes), included(f"{name}.cpp"), libraries)

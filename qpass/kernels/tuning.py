@@ -25,7 +25,12 @@ def _path(format: KernelFormat, cpu: Cpu, tier: Tier) -> Path:
 
 
 def tuned(format: KernelFormat, cpu: Cpu, tier: Tier) -> Tuning:
-    """What a search found for this format on this machine, else what the model says. A file that isn't ours is ignored."""
+    """What a search found for this format on this machine, else what the model says."""
+    return kept(format, cpu, tier) or plan.tuning(format, cpu, tier)
+
+
+def kept(format: KernelFormat, cpu: Cpu, tier: Tier) -> Tuning | None:
+    """What a search found for this format on this machine; None without one, or where its file makes no sense."""
     try:
         values = json.loads(_path(format, cpu, tier).read_text())
         if values.pop("version") == VERSION:
@@ -34,11 +39,7 @@ def tuned(format: KernelFormat, cpu: Cpu, tier: Tier) -> Tuning:
                 return found
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass
-    return plan.tuning(format, cpu, tier)
-
-
-def is_kept(format: KernelFormat, cpu: Cpu, tier: Tier) -> bool:
-    return _path(format, cpu, tier).exists()
+    return None
 
 
 def keep(format: KernelFormat, cpu: Cpu, tier: Tier, tuning: Tuning) -> None:

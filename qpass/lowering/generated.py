@@ -74,7 +74,7 @@ class Generated:
         assert weight is not None
         formats = [kernel_format(weight.bits, weight.group, site.scheme.activation, width) for width in (2, 4)]
         format = next(f for f in formats if f.packed_bytes(site.n, site.k, site.glu) == packed[0].numel())
-        if not site.glu and not tuning.is_kept(format, cpu, cpu.tier):
+        if not site.glu and tuning.kept(format, cpu, cpu.tier) is None:
             search(packed[0], site.n, site.k, format, cpu)
         rated = replace(cpu, rates=measured_rates())
         return 1e3 * plan.plan(plan.Shape(m, site.n, site.k, site.glu), format, rated).seconds

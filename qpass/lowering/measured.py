@@ -6,12 +6,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, fx
 
 from qpass.cpu import Cpu
+from qpass.lowering import Lowering
 from qpass.lowering.generated import Generated
 from qpass.lowering.site import Site
 from qpass.lowering.store import WeightRef
@@ -31,12 +31,6 @@ DISTURBED = 3.0
 _ROUNDS = 5
 _TRIES = 3
 _ENOUGH_S = 0.1  # of one candidate, for wide calls
-
-
-class Emits(Protocol):
-    name: str
-
-    def emit(self, graph: fx.Graph, node: fx.Node, packed: tuple[fx.Node, ...]) -> fx.Node: ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ def tokens_of(x: object) -> int:
 
 
 def time_site(
-    site: Site, m: int, lowering: Emits, packed: tuple[Tensor, ...], refs: tuple[WeightRef, ...] | None, cpu: Cpu
+    site: Site, m: int, lowering: Lowering, packed: tuple[Tensor, ...], refs: tuple[WeightRef, ...] | None, cpu: Cpu
 ) -> Timing | None:
     """Time ``lowering`` for M tokens against ``F.linear`` over ``refs`` (None: released). None for a site too small to time."""
     if site.n * site.k < SMALLEST:
@@ -96,7 +90,7 @@ def time_site(
     return _timings[key]
 
 
-def _program(site: Site, lowering: Emits, packed: tuple[Tensor, ...]) -> fx.GraphModule:
+def _program(site: Site, lowering: Lowering, packed: tuple[Tensor, ...]) -> fx.GraphModule:
     """The site alone, without prologue and epilogue, as a module from x to y."""
     weight = site.scheme.weight
     assert weight is not None

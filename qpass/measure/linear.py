@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -104,11 +104,3 @@ def interleaved(candidates: dict[str, Candidate], x: Tensor, rounds: int, budget
             if sum(times[name]) * min(each.copies, 60) < budget_s or not times[name]:
                 times[name].append(each.seconds(x))
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def shapes_of(linears: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """Distinct (N, K) and how often each occurs, the largest first."""
-    counts: dict[tuple[int, int], int] = {}
-    for shape in linears:
-        counts[shape] = counts.get(shape, 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: -item[0][0] * item[0][1] * item[1]))

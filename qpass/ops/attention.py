@@ -65,7 +65,16 @@ def _attention(
     return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous().to(q.dtype)
 
 
-def _fake(q, k, v, span, scale, softcap=0.0, slopes=None, sinks=None):  # type: ignore[no-untyped-def]
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    span: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     width = v.shape[3] - (SCALE_BYTES if v.dtype == torch.int8 else 0)
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], width)
 

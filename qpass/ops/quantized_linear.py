@@ -61,7 +61,7 @@ def _quantized_linear(
     return apply_epilogue(y, activation, glu, mul, residual).to(dtype)
 
 
-def _fake(x, codes, *args, glu=False, **kwargs):  # type: ignore[no-untyped-def]
+def _fake(x: Tensor, codes: Tensor, *args: Any, glu: bool = False, **kwargs: Any) -> Tensor:
     return fake_output(x, codes.shape[0], args[7] if len(args) > 7 else glu)
 
 

@@ -171,13 +171,13 @@ def _recognize(root: fx.Node, inside: set[fx.Node], x: fx.Node, vectors: list[fx
 def _run(node: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor:
     """The node on sample values; casts change nothing."""
     if node.target in _CASTS:
-        return values[node.args[0]]  # type: ignore[index]
+        return values[node.args[0]]
     args, kwargs = fx.node.map_aggregate(
         (node.args, dict(node.kwargs)), lambda a: values.get(a, a) if isinstance(a, fx.Node) else a
-    )  # type: ignore[misc]
+    )
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return node.target(*args, **kwargs)
 
 
 def _constants(nodes: set[fx.Node]) -> list[float]:
@@ -193,7 +193,7 @@ def _is_step(node: fx.Node) -> bool:
     if any(tensor_of(operand) is None for operand in node.all_input_nodes):
         return False
     if node.target in _CASTS:
-        return node.op == "call_method" and tensor_of(node).is_floating_point()  # type: ignore[union-attr]
+        return node.op == "call_method" and tensor_of(node).is_floating_point()
     return _is_mean(node) or (node.target in _POINTWISE and not node.kwargs)
 
 

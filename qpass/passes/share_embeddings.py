@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass.lowering import ANY
 from qpass.passes.context import Context, SiteRecord
 from qpass.passes.names import Names
 from qpass.passes.values import VALUE, argument, tensor_of
@@ -52,12 +53,12 @@ def _share(graph: fx.Graph, node: fx.Node, heads: dict[int, fx.Node], ctx: Conte
     if argument(node, 3, "max_norm") is not None or argument(node, 6, "sparse", False):
         return False
     scheme = head.meta["qpass_scheme"]
-    if scheme.weight.bits != BITS or tensor_of(node).dtype != parameter.dtype:  # type: ignore[union-attr]
+    if scheme.weight.bits != BITS or tensor_of(node).dtype != parameter.dtype:
         return False
     packed, (n, k, format) = head.args[1], head.args[5:8]
     with graph.inserting_before(node):
-        rows = graph.get_attr(packed.target)  # type: ignore[union-attr]
-        rows.meta = dict(packed.meta)  # type: ignore[union-attr]
+        rows = graph.get_attr(packed.target)
+        rows.meta = dict(packed.meta)
         new = graph.call_function(PACKED_EMBEDDING, (ids, rows, n, k, format, parameter.dtype))
     new.meta = dict(node.meta) | {VALUE: node.meta[VALUE]}
     node.replace_all_uses_with(new)
@@ -67,10 +68,11 @@ def _share(graph: fx.Graph, node: fx.Node, heads: dict[int, fx.Node], ctx: Conte
         SiteRecord(
             names=(name,),
             name=name,
-            n=n,  # type: ignore[arg-type]
-            k=k,  # type: ignore[arg-type]
+            n=n,
+            k=k,
             scheme=scheme.name,
             lowering="generated",
+            same_rows=ANY,  # a row is copied, whatever else is
             notes=(f"shares the table of {head.meta['qpass_names'][0]}",),
         )
     )

@@ -32,7 +32,7 @@ def recorded(what: str) -> Iterator[tuple[Record, Plan]]:
                 continue
             cpu = replace(KNOWN[record.machine.tier], cores=record.machine.cores, rates=Rates(**s["rates"]))
             shape, format = Shape(s["m"], s["n"], s["k"]), format_of(Scheme.parse(s["name"]))
-            yield record, predict(shape, format, cpu, s["path"], record.machine.tier)  # type: ignore[arg-type]
+            yield record, predict(shape, format, cpu, s["path"], record.machine.tier)
 
 
 def test_predictions_are_within_a_quarter() -> None:
@@ -73,8 +73,8 @@ def test_the_model_is_sane(m: int) -> None:
     for name in ("w4a16-g128", "w4a8-g128", "w8a16", "w8a8-dynamic", "w3a8-g64", "w2a16-g32"):
         format = format_of(Scheme.parse(name))
         for tier, path in (("avx512_vnni", "stream"), ("avx2", "stream")):
-            plan = predict(Shape(m, 2048, 1536), format, cpu, path, tier)  # type: ignore[arg-type]
+            plan = predict(Shape(m, 2048, 1536), format, cpu, path, tier)
             assert plan.limit_seconds < plan.seconds
-            assert plan.seconds < predict(Shape(m, 2048, 1536), format, slow, path, tier).seconds  # type: ignore[arg-type]
-            assert plan.seconds < predict(Shape(2 * m, 4096, 1536), format, cpu, path, tier).seconds  # type: ignore[arg-type]
+            assert plan.seconds < predict(Shape(m, 2048, 1536), format, slow, path, tier).seconds
+            assert plan.seconds < predict(Shape(2 * m, 4096, 1536), format, cpu, path, tier).seconds
             assert plan.weight_bytes == format.packed_bytes(2048, 1536)

@@ -51,12 +51,12 @@ def test_a_search_is_remembered() -> None:
     weight = Weight.random(512, 512, format)
     load.ensure(format)
     before = load.tuning_of(format)
-    assert not tuning.is_kept(format, cpu, cpu.tier)
+    assert tuning.kept(format, cpu, cpu.tier) is None
     assert tuning.tuned(format, cpu, cpu.tier) == plan.tuning(format, cpu)
     try:
         found = search(weight.packed(), 512, 512, format, cpu)
         assert load.tuning_of(format) == found == tuning.tuned(format, cpu, cpu.tier)
-        assert tuning.is_kept(format, cpu, cpu.tier)
+        assert tuning.kept(format, cpu, cpu.tier) == found
         assert 0 <= found.linear_rows <= plan.linear_limit(format, cpu.tier)
     finally:
         load.retune(format, before)
@@ -71,11 +71,12 @@ def test_a_file_that_makes_no_sense_is_ignored(text: str) -> None:
     tuning.keep(format, cpu, cpu.tier, Tuning(1, 2, 3))
     assert tuning.tuned(format, cpu, cpu.tier) == Tuning(1, 2, 3)
     tuning._path(format, cpu, cpu.tier).write_text(text)
+    assert tuning.kept(format, cpu, cpu.tier) is None  # so it is searched again
     assert tuning.tuned(format, cpu, cpu.tier) == plan.tuning(format, cpu)
 
 
 def test_rates_are_limits() -> None:
-    """What one thread reaches alone is no more than all reach together; nothing is faster than its instruction allows."""
+    """A dot product multiplies twice as many int8 values as bf16 ones, and is one vector instruction at most."""
     from qpass.kernels.rates import measured_cpu
 
     rates = measured_cpu().rates

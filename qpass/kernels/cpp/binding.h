@@ -13,13 +13,10 @@
 #include <string>
 #include <vector>
 
-#include "abi.h"
 #include "scratch.h"
+#include "tensors.h"
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int kFormats = 256;
 std::atomic<const QpassKernel*> kernels[kFormats];
@@ -27,12 +24,6 @@ std::atomic<const QpassTuning*> tunings[kFormats];  // replaced ones are kept: a
 
 // Raises RuntimeError with the op's name in front: `op` is an argument or a constant where it is used.
 #define CHECK(condition, ...) STD_TORCH_CHECK(condition, op, ": ", __VA_ARGS__)
-
-std::string shape_of(const Tensor& t) {
-  std::string s = "[";
-  for (int64_t d = 0; d < t.dim(); d++) s += (d ? ", " : "") + std::to_string(t.size(d));
-  return s + "]";
-}
 
 thread_local Scratch activations;  // of the calling thread, read by the workers
 thread_local Scratch worker;       // of each thread that runs tasks
@@ -51,19 +42,6 @@ std::optional<int64_t> row_stride(const Tensor& t) {
   if (stride < 0) return t.size(last);
   if (stride < t.size(last) && stride != 0) return std::nullopt;
   return stride;
-}
-
-int32_t dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return QPASS_F32;
-    case ScalarType::BFloat16:
-      return QPASS_BF16;
-    case ScalarType::Half:
-      return QPASS_F16;
-    default:
-      return -1;
-  }
 }
 
 // A contiguous float32 vector of `length` elements; null where none is given. `whose` completes the sentence.

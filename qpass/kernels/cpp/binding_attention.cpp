@@ -13,11 +13,10 @@
 
 #include "attention_abi.h"
 #include "scratch.h"
+#include "tensors.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
 std::atomic<const QpassAttention*> kernel{nullptr};
@@ -25,25 +24,6 @@ thread_local Scratch spans, partials;  // of the calling thread, read by the wor
 thread_local Scratch worker;           // of each thread that runs tasks
 
 #define CHECK(condition, ...) STD_TORCH_CHECK(condition, "attention: ", __VA_ARGS__)
-
-std::string shape_of(const Tensor& t) {
-  std::string s = "[";
-  for (int64_t d = 0; d < t.dim(); d++) s += (d ? ", " : "") + std::to_string(t.size(d));
-  return s + "]";
-}
-
-int32_t dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return QPASS_F32;
-    case ScalarType::BFloat16:
-      return QPASS_BF16;
-    case ScalarType::Half:
-      return QPASS_F16;
-    default:
-      return -1;
-  }
-}
 
 bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
   if (t.dim() != int64_t(shape.size())) return false;
