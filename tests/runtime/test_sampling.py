@@ -12,7 +12,7 @@ from transformers.generation.logits_process import (
 )
 
 from qpass.errors import OptionError
-from qpass.runtime.sampling import Sampling, choose, eos_ids, probabilities
+from qpass.runtime.sampling import BLOCK, Sampling, choose, eos_ids, largest, probabilities
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
@@ -85,6 +85,16 @@ def test_any_logits_processor_runs_first():
 def test_values_out_of_range_are_named(options, message):
     with pytest.raises(OptionError, match=message):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 5, BLOCK, BLOCK + 1, 4 * BLOCK, 5 * BLOCK - 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_largest_is_argmax_with_ties_infinities_and_nan(vocabulary, dtype):
+    logits = torch.randint(-3, 4, (50, 2, vocabulary), generator=torch.Generator().manual_seed(4)).to(dtype)
+    logits[10:20] = -torch.inf
+    logits[20:30, :, -1] = torch.inf
+    logits[30:40, :, vocabulary // 2] = torch.nan
+    assert torch.equal(largest(logits), logits.argmax(-1))
 
 
 def test_eos_ids():
