@@ -97,5 +97,7 @@ def ready(loaded: Loaded, compile: Callable[..., Any], what: str, kv_dtype: str 
         return Ready(loaded, None, whole, str(error), 0.0, 0, None)
     with progress.waiting(f"compiling {what}"):
         seconds = decoder.warm_up()
-    own = hasattr(decoder.token_step, "_qpass_backend")
-    return Ready(loaded, decoder, None, "", seconds, decoder.graphs, qpass.explain(decoder.token_step) if own else None)
+    own = hasattr(decoder.likely_step, "_qpass_backend")
+    return Ready(
+        loaded, decoder, None, "", seconds, decoder.graphs, qpass.explain(decoder.likely_step) if own else None
+    )
