@@ -126,7 +126,7 @@ def probabilities(logits: Tensor, how: Sampling, tokens: Tensor | None = None) -
 
 def _distribution(logits: Tensor, how: Sampling) -> Tensor:
     if how.greedy:
-        return torch.nn.functional.one_hot(largest(logits), logits.shape[-1]).float()
+        return torch.zeros_like(logits).scatter(-1, largest(logits)[:, None], 1.0)
     probs, index = candidates(logits, how)
     return probs if index is None else torch.zeros_like(logits).scatter_add(-1, index, probs)
 
@@ -150,13 +150,18 @@ def block_probabilities(logits: Tensor, how: Sampling, rows: Sequence[Sequence[i
     where on a row proposes nothing. Each position equals :func:`probabilities` of the row's own tokens (no padding) and
     the drafts before it; those behind a row's last proposal are valid distributions of no meaning.
     """
-    batch, width, vocabulary = logits.shape
+    logits = block_processed(logits, how, rows, drafted)
+    return _distribution(logits.flatten(0, 1), how).view(logits.shape)
+
+
+def block_processed(logits: Tensor, how: Sampling, rows: Sequence[Sequence[int]], drafted: Tensor) -> Tensor:
+    """:func:`processed` of every position of a block, fp32 [B, Q, V], with the arguments of :func:`block_probabilities`."""
     logits = logits.float()
-    if how.needs_tokens:
-        drafts = [list(takewhile(lambda token: token >= 0, row)) for row in drafted.tolist()]
-        pairs = list(zip(logits.unbind(0), rows, drafts, strict=True))
-        logits = torch.stack([_processed_block(own, how, list(row), new) for own, row, new in pairs])
-    return _distribution(logits.reshape(batch * width, vocabulary), how).reshape(batch, width, vocabulary)
+    if not how.needs_tokens:
+        return logits
+    drafts = [list(takewhile(lambda token: token >= 0, row)) for row in drafted.tolist()]
+    pairs = zip(logits.unbind(0), rows, drafts, strict=True)
+    return torch.stack([_processed_block(own, how, list(row), new) for own, row, new in pairs])
 
 
 def _processed_block(logits: Tensor, how: Sampling, row: list[int], drafts: list[int]) -> Tensor:
