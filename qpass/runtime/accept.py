@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qpass.runtime.sampling import BLOCK, block_at, in_blocks, largest
+from qpass.runtime.search import BLOCK, block_at, in_blocks, largest
 
 
 def accept_greedy(drafted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
