@@ -54,9 +54,9 @@ def linear(name: str, m: int, ms: float, n: int = 8960) -> Record:
 def test_linear_layers() -> None:
     """The last record of a scheme and M; other shapes, M and ways of walking a call have no place."""
     other = replace(linear("w8a16", 1, 7.0), what="linear-path")
+    strangers = [other, linear("w8a16", 1, 8.0, n=1536), linear("w8a16", 3, 8.0), linear("bf16", 1, 8.0)]
     text = table.linear_markdown(
-        [linear("w8a16", 1, 9.0), linear("w8a16", 1, 0.456), linear("int8pack", 512, 110.8), other]
-        + [linear("w8a16", 1, 8.0, n=1536), linear("w8a16", 3, 8.0), linear("bf16", 1, 8.0)]
+        [linear("w8a16", 1, 9.0), linear("w8a16", 1, 0.456), linear("int8pack", 512, 110.8), *strangers]
     )
     assert "| 1 | - | - | - | 0.46 | - | - | - | - |" in text
     assert "| 512 | - | - | - | - | - | - | - | 111 |" in text
