@@ -46,7 +46,7 @@ class Decoder:
             )
         self.kv_dtype = kv_dtype
         compile = compile or (lambda function: function)
-        attention.prepare()
+        self.attention_refusal = attention.prepare()  # why attention is plain torch here, None where it is native
         attention.keep_tables(model)
         self.model: Any = model
         self.shapes = probe(model)

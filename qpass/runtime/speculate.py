@@ -28,7 +28,7 @@ Stop = Callable[[Sequence[int]], bool]
 """Asked after each new token of a row, with all the row's real tokens: does the row end here?"""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Generation:
     """What came out, and what it took. Times are wall clock; ``ttft_ms`` runs from the call to the first token."""
 

@@ -27,6 +27,7 @@ def explain(model: str, *, scheme: str, exclude: Sequence[str], lowering: str | 
     with progress.waiting(f"compiling the token step, {scheme}"), torch.no_grad():
         try:
             decoder = Decoder(loaded.model, compile)
+            session.tell_attention(decoder)
         except UnsupportedError as error:
             errors.print(f"[yellow]{error}; explaining the plain forward instead[/yellow]")
             compiled = whole
