@@ -21,12 +21,18 @@ SHARE = 0.015
 """Of all time, what speculation may have lost altogether before it pauses; probing waits until it lies below this."""
 ALLOWANCE = 3.0
 """Plain steps that may be lost on top of SHARE before speculation pauses: what finding out takes at the beginning."""
+SURE = 1.15
+"""With more lost than that, speculation goes on only if it is to gain this much."""
 CREDIT = 4.0
 """Plain steps of what was won before that count against a later loss: a turn in the text is judged by the text behind it."""
 BETTER = 1.02
 """A change of K, or switching on, wants a rate that is this much better: less is noise."""
+GROWTH = 2
+"""The most that K grows by in a round: costs and chances are known near what was tried."""
 REFRESH, CLOSE = 32, 1.25
 """A plain step is timed again after so many rounds where speculation is less than this much faster than it."""
+PROBES = 1.0
+"""Plain steps on top of SHARE that a probe may lose: less than ALLOWANCE, so that most of the allowance ends a try."""
 WAIT, LONGEST_WAIT = 8.0, 64.0
 """Rounds from a failed probe to the next: the first wait, growing by half each time, up to the longest."""
 
@@ -70,7 +76,7 @@ class Controller:
         self._plain: deque[float] = deque(maxlen=9)
         self._plain_age = 0  # rounds since a plain step was timed
         self._draft, self._verify = Times(), Times()
-        self._accepts = Chances(prior=0.6, weight=1.5, pooled_from=1)  # position i, drafted and reached
+        self._accepts = Chances(prior=0.6, weight=8.0, pooled_from=1)  # position i, drafted and reached
         self._drafts = Chances(prior=1.0, weight=0.5, pooled_from=2)  # a row drafts position i, where it is reached
         self._widths = Chances(prior=1.0, weight=0.5, pooled_from=2)  # the widest row drafts position i
         self._calibration = Calibration()
@@ -129,7 +135,7 @@ class Controller:
             self._calibration.add(confidences or (), accepted)
         best = self._plan()
         self._account(asked, drafted, accepted)
-        self._next = self._decide(asked, max(drafted), best)
+        self._next = self._decide(asked, max(drafted), accepted, best)
         if self._next:
             self._k = self._next
 
@@ -171,14 +177,15 @@ class Controller:
         self._steps = [0.0] + [max(b - a, 0.0) for a, b in pairwise(costs)] + [float("inf")]
         tokens, kept, reached, cost = 1.0, 1.0, 1.0, costs[0]
         rates = [1.0 / max(plain, 1e-9)]
+        drafts, accepts, widths = (c.table(self.most) for c in (self._drafts, self._accepts, self._widths))
         for i in range(1, self.most + 1):
-            kept *= self._drafts.at(i) * self._accepts.at(i)
-            reached *= self._widths.at(i)
+            kept *= drafts[i] * accepts[i]
+            reached *= widths[i]
             tokens += kept
             cost += reached * (costs[i] - costs[i - 1])
             rates.append(tokens / max(cost, 1e-9))
         self._rates = rates
-        allowed = min(self.most, 2 * max(self._k, 1) + 1)  # costs are known near what was tried
+        allowed = min(self.most, self._k + GROWTH)
         best = max(range(1, allowed + 1), key=rates.__getitem__)
         if self._k <= allowed and rates[best] < BETTER * rates[self._k]:
             best = self._k
@@ -195,7 +202,7 @@ class Controller:
             given = 1 + sum(accepted) / len(accepted)
             self._lost = max(self._lost + took - given, -CREDIT)
 
-    def _decide(self, asked: int, width: int, best: int) -> int:
+    def _decide(self, asked: int, width: int, accepted: Sequence[int], best: int) -> int:
         if len(self._plain) < 2:
             return 0
         gain = self._rates[best] / self._rates[0]
@@ -203,22 +210,22 @@ class Controller:
             tried = self._draft.samples()
             if tried < 2:  # the first draft of a text also reads the prompt: one round alone is no judge of its cost
                 return 1 if self._lost > 2 * ALLOWANCE else min(START, self.most)
-            if gain >= 1 and self._lost <= SHARE * self._total + ALLOWANCE:
+            if gain >= (1 if self._lost <= SHARE * self._total + ALLOWANCE else SURE):
                 return 0 if gain < CLOSE and self._plain_age >= REFRESH else best
             self._switch(False)
             self._wait, self._since_probe = WAIT, 0.0
             return 0
         probed = asked > 0 and width > 0
         self._since_probe += 1
-        if probed and gain >= BETTER and self._lost <= SHARE * self._total:
+        if probed and gain >= BETTER:
             self._switch(True)
             return best
         loss = self._costs[min(PROBE, self.most)] / max(self._plain_ms(), 1e-9) - 1
         if probed:
-            if self.history[-1].accepted and min(self.history[-1].accepted) >= 1 and self._lost <= SHARE * self._total:
+            if sum(accepted) > 0 and self._lost + loss <= SHARE * self._total + PROBES:
                 return min(PROBE, self.most)
             self._wait, self._since_probe = min(1.5 * self._wait, LONGEST_WAIT), 0.0
-        due = self._since_probe >= self._wait and self._lost + loss <= SHARE * self._total
+        due = self._since_probe >= self._wait and self._lost + loss <= SHARE * self._total + PROBES
         return min(PROBE, self.most) if due else 0
 
     def _switch(self, on: bool) -> None:

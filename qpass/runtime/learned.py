@@ -57,23 +57,30 @@ def median(times: Sequence[float] | deque[float]) -> float:
 
 
 class Chances:
-    """Success by position 1, 2, ..., with fading memory; a position with few trials leans on the others' mean."""
+    """Success by position 1, 2, ..., with fading memory; a position with few trials leans on the mean of all.
+
+    Positions below ``pooled_from`` are of another kind, and lean on the prior alone. The prior counts as ``weight``
+    trials at first and fades with the rest, to one.
+    """
+
+    LEANING = 5.0  # trials that the mean counts as, at a position
 
     def __init__(self, prior: float, weight: float, pooled_from: int) -> None:
         self.prior, self.weight, self.pooled_from = prior, weight, pooled_from
-        self._hits: list[float] = [0.0]
-        self._trials: list[float] = [0.0]
+        self._hits: list[float] = []
+        self._trials: list[float] = []
 
     def add(self, position: int, hit: bool) -> None:
-        while len(self._trials) <= position:
-            self._hits.append(0.0)
-            self._trials.append(0.0)
+        missing = position + 1 - len(self._trials)
+        self._hits += [0.0] * missing
+        self._trials += [0.0] * missing
         self._hits[position] += hit
         self._trials[position] += 1
 
     def fade(self, memory: float) -> None:
         self._hits = [memory * x for x in self._hits]
         self._trials = [memory * x for x in self._trials]
+        self.weight = max(memory * self.weight, min(self.weight, 1.0))
 
     def forget(self, weight: float) -> None:
         """Keep the chances, with no more than ``weight`` trials behind each."""
@@ -81,16 +88,16 @@ class Chances:
         self._hits = [f * x for f, x in zip(factors, self._hits, strict=True)]
         self._trials = [f * x for f, x in zip(factors, self._trials, strict=True)]
 
-    def at(self, position: int) -> float:
-        others = self._mean() if position >= self.pooled_from else self.prior
-        weight = 3.0 if position >= self.pooled_from else self.weight
-        known = position < len(self._trials)
-        hits, trials = (self._hits[position], self._trials[position]) if known else (0.0, 0.0)
-        return (hits + weight * others) / (trials + weight)
-
-    def _mean(self) -> float:
+    def table(self, most: int) -> list[float]:
+        """The chance at each position 0..most; nobody asks for position 0."""
         hits, trials = sum(self._hits[self.pooled_from :]), sum(self._trials[self.pooled_from :])
-        return (hits + self.weight * self.prior) / (trials + self.weight)
+        mean = (hits + self.weight * self.prior) / (trials + self.weight)
+        chances = []
+        for i in range(most + 1):
+            hits, trials = (self._hits[i], self._trials[i]) if i < len(self._trials) else (0.0, 0.0)
+            leaning, others = (self.LEANING, mean) if i >= self.pooled_from else (self.weight, self.prior)
+            chances.append((hits + leaning * others) / (trials + leaning))
+        return chances
 
 
 class Calibration:
