@@ -157,7 +157,7 @@ class Decoder:
                 if step == "prompt":
                     self.prefill(ids, pad, cache)
                 elif step in ("verify", "block"):
-                    getattr(self, step)(ids, pad, pad, cache, 5)
+                    getattr(self, step)(ids, pad + 5, pad, cache, 10)
                 else:
                     getattr(self, step)(ids[:, :1], pad + 5, pad, cache, 6)
         return time.perf_counter() - started
