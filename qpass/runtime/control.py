@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Literal
 
 from qpass.errors import OptionError
-from qpass.runtime.learned import Calibration, Chances, Times
+from qpass.runtime.learned import Calibration, Chances, Times, typical
 
 START, PROBE = 2, 2
 """Drafts of the first rounds, and of a probe: a refused round of two costs half of one of four."""
@@ -210,6 +210,8 @@ class Controller:
             tried = self._draft.samples()
             if tried < 2:  # the first draft of a text also reads the prompt: one round alone is no judge of its cost
                 return 1 if self._lost > 2 * ALLOWANCE else min(START, self.most)
+            if gain < 1 and tried < 4 and self._accepts.table(1)[1] > 0.6:  # only the times lose: are they disturbed?
+                return 1
             if gain >= (1 if self._lost <= SHARE * self._total + ALLOWANCE else SURE):
                 return 0 if gain < CLOSE and self._plain_age >= REFRESH else best
             self._switch(False)
@@ -236,5 +238,4 @@ class Controller:
                 chances.forget(4.0)
 
     def _plain_ms(self) -> float:
-        ordered = sorted(self._plain)
-        return ordered[(len(ordered) - 1) // 2] if ordered else 0.0
+        return typical(self._plain) if self._plain else 0.0

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 
 class Times:
-    """The time of a width 0..most: a running median each, and straight lines between those that were seen."""
+    """The time of a width 0..most: a running quantile each, and straight lines between those that were seen."""
 
     def __init__(self) -> None:
         self._seen: dict[int, deque[float]] = {}
@@ -23,19 +23,21 @@ class Times:
     def condense(self) -> None:
         """Keep one sample of each width, as a guess for circumstances that have changed."""
         for width, times in self._seen.items():
-            self._seen[width] = deque([median(times)], maxlen=9)
+            self._seen[width] = deque([typical(times)], maxlen=9)
 
     def table(self, most: int, at_zero: float) -> list[float]:
         """ms of each width 0..most; ``at_zero`` is that of width 0 where it was not seen.
 
-        A single sample half as long again as the others let expect may hold a compilation or another process: it
-        counts from the second on, which is what makes a width worth a second try.
+        What lies half as high again as the line through the widths of more samples may hold a compilation or another
+        process: it counts from the second sample on, or from the fourth where other widths say otherwise, which is what
+        makes a width worth another try.
         """
-        sure = {0: at_zero} | {w: median(times) for w, times in self._seen.items() if len(times) > 1}
-        points = dict(sure)
-        for width, times in self._seen.items():
-            if len(times) == 1 and ((len(sure) == 1 and at_zero == 0) or times[0] <= 1.5 * _line(sure, width)):
-                points[width] = times[0]
+        points = {0: at_zero}
+        for width, times in sorted(self._seen.items(), key=lambda item: -len(item[1])):
+            alone = len(points) == 1
+            known = len(times) >= (2 if alone else 4) or (alone and at_zero == 0)
+            if known or typical(times) <= 1.5 * _line(points, width):
+                points[width] = typical(times)
         return [_line(points, width) for width in range(most + 1)]
 
 
@@ -51,9 +53,9 @@ def _line(points: dict[int, float], width: int) -> float:
     return points[below] + (points[above] - points[below]) / (above - below) * (width - below)
 
 
-def median(times: Sequence[float] | deque[float]) -> float:
-    """The lower one of an even number: what disturbs a time makes it longer."""
-    return sorted(times)[(len(times) - 1) // 2]
+def typical(times: Sequence[float] | deque[float]) -> float:
+    """The time at a third of the way from the shortest; of up to three the shortest. What disturbs a time adds to it."""
+    return sorted(times)[(len(times) - 1) // 3]
 
 
 class Chances:
