@@ -27,10 +27,15 @@ def accept_greedy(drafted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     the row's real tokens and its first i drafts. Returns tokens int64 [B, K+1] and count int64 [B] in 1..K+1: a row's
     new tokens are its first ``count``; what lies behind is unspecified.
     """
-    best = largest(logits)  # [B, K+1]
-    return best, _leading(
-        drafted == best[:, :-1]
-    ) + 1  # where a draft stays it is the argmax; where not, that replaces it
+    return accept_following(torch.nn.functional.pad(drafted, (0, 1), value=-1), logits)
+
+
+def accept_following(following: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`accept_greedy` with the drafts as wide as the logits: ``following`` [B, K+1] is what each position was
+    guessed to be followed by, its last column -1. No size here is K, which a graph for a varying K could not compare with 1.
+    """
+    best = largest(logits)  # [B, K+1]: where a draft stays it is this; where not, this replaces it
+    return best, _leading(following == best) + 1
 
 
 def accept_sampled(drafted: Tensor, p: Tensor, q: Tensor | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
