@@ -120,6 +120,28 @@ def test_rows_that_leave_a_batch_make_it_learn_the_costs_again():
         assert controller.choose() in (4, 5)
 
 
+def test_another_text_begins_with_what_costs_are_known():
+    controller = Controller()
+    World(accepts=lambda token, i: 0.9).run(controller, 200)
+    controller.renew()
+    assert controller.history == []
+    assert controller.choose() == 2
+    World(accepts=lambda token, i: 0.0).run(controller, 100)
+    assert not controller.on
+    controller.renew()
+    assert controller.on
+    assert World(accepts=lambda token, i: 0.9).run(controller, 300) < 0.65 * 300 * 36
+
+
+def test_drafts_in_turn_cost_their_mean():
+    """A lookup that costs nothing answers in every second round: its zeros are no typical time of the model behind it."""
+    controller = Controller()
+    for i in range(60):
+        k = controller.choose()
+        controller.observe(k, [k], [min(k, 2)], 30.0 * k * (i % 2), 36.0 + 0.5 * k)
+    assert 20 < controller._draft.table(4, 0.0)[2] < 35
+
+
 def test_a_number_is_always_that_number():
     controller = Controller(3)
     for accepted in (0, 0, 3):
