@@ -59,6 +59,7 @@ class Speculator:
             raise OptionError(f"a draft needs a method propose(rows, k); {type(draft).__name__} has none")
         self.decoder, self.draft, self.k = decoder, draft, 0 if draft is None else k
         self.stats = Stats()
+        self._controller = Controller(self.k, MOST - 1)  # what it learned of costs serves the next text too
         self._busy = False
 
     def stream(
@@ -104,8 +105,9 @@ class Speculator:
             self._busy = False
 
     def _rounds(self, target: Checker, ends: Ends, input_ids: Tensor) -> Iterator[list[list[int]]]:
-        rows, controller = target.rows, Controller(self.k, MOST - 1)
-        stats = self.stats = Stats(controller)
+        rows, controller = target.rows, self._controller
+        controller.renew()
+        stats = self.stats = Stats(controller.history, controller.switches)
         if self.draft is not None:
             begin(self.draft, target.cache, target.pad)
         started = time.perf_counter()
