@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from qpass.frontends.generation_config import Call, call_of
 from qpass.frontends.hf import load
 from qpass.frontends.options import Options
 from qpass.runtime.decoder import Decoder
-from qpass.runtime.draft import FirstOf, LayersDraft, ModelDraft
+from qpass.runtime.draft import FirstOf, LayersDraft, ModelDraft, warm_up
 from qpass.runtime.ngram import NgramDraft
 from qpass.runtime.sampling import Sampling
 from qpass.runtime.shorten import first_layers, smaller_vocabulary
@@ -135,11 +136,14 @@ class Speculation:
         steps = ["prompt", *(["likeliest"] if greedy else ["decode"])]
         if speculates:
             steps.append("verify" if greedy else "block")
-        seconds = self.decoder.warm_up(batch, steps=steps)
+        started = time.perf_counter()
+        self.decoder.warm_up(batch, steps=steps)
         if speculates and greedy:
             self._tell(batch)
+        if speculates:
+            warm_up(self.speculator.draft, batch, greedy=greedy)
         self._ready.add((batch, greedy))
-        return seconds
+        return time.perf_counter() - started
 
     def _tell(self, batch: int) -> None:
         explanation = self.explain()
