@@ -1,6 +1,7 @@
 // torch's only view of the kernels: checks everything it is given, lends memory and threads, calls through the C table.
 // Stable ABI: one build serves every Python and every torch from 2.13 on.
 #include "binding.h"
+#include "binding_attention.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -96,7 +97,7 @@ Tensor packed_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::o
   }
   const int64_t outputs = glu ? n / 2 : n;
   shape.push_back(outputs);
-  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor y = empty_like(x, shape);
 
   QpassCall call{};
   call.m = m;
@@ -178,9 +179,13 @@ Tensor packed_embedding(Tensor ids, Tensor packed, int64_t n, int64_t k, int64_t
 
 }  // namespace
 
+#include "binding_chain.h"
+
 STABLE_TORCH_LIBRARY_IMPL(qpass, CPU, m) {
   m.impl("packed_linear", TORCH_BOX(&linear::packed_linear));
   m.impl("packed_embedding", TORCH_BOX(&embedding::packed_embedding));
+  m.impl("attention", TORCH_BOX(&attention::attention));
+  m.impl("chain", TORCH_BOX(&chain::chain));
 }
 
 // Called by kernels/load.py. Returns 0, or what is wrong with the table: 1 its format, 2 its version.
