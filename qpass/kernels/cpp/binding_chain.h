@@ -52,6 +52,14 @@ int64_t slot_of(const std::string& word, int64_t count, bool optional) {
   return slot;
 }
 
+// " [K, bytes of the packed weight]": what measure/profile.py sorts linears by.
+std::string shape_of(const std::vector<int64_t>& integers) {
+  const int64_t n = integers[0], k = integers[1], format = integers[2];
+  const QpassKernel* kernel = format >= 0 && format < kFormats ? kernels[format].load(std::memory_order_acquire) : nullptr;
+  if (!kernel || n < 1 || k < 1) return "";  // the call will say what is wrong
+  return " [" + std::to_string(k) + ", " + std::to_string(kernel->packed_bytes(n, k, integers[4] != 0)) + "]";
+}
+
 Step read_step(std::istringstream& line, const std::string& name, int64_t known) {
   for (const Signature& s : kSignatures) {
     if (name != s.name) continue;
@@ -68,8 +76,7 @@ Step read_step(std::istringstream& line, const std::string& name, int64_t known)
     CHECK(!(line >> word), name, " has too many arguments");
     const size_t needed = s.kind == Step::kLinear ? 2 : s.kind == Step::kAttention ? 4 : 1;
     for (size_t i = 0; i < needed; i++) CHECK(step.slots[i] >= 0, name, " lacks one of its tensors");
-    if (s.kind == Step::kLinear)
-      step.name += " K=" + std::to_string(step.integers[1]) + " slot=" + std::to_string(step.slots[1]);
+    if (s.kind == Step::kLinear) step.name += shape_of(step.integers);
     return step;
   }
   CHECK(false, "there is no native op ", name);
