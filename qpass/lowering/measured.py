@@ -26,6 +26,9 @@ LOSES = 1.10
 PROMPT = 128
 """Tokens of a graph whose number of tokens varies: where it matters most, a prompt's."""
 
+FEW = 64
+"""A number of tokens that varies up to this many is a verification's, which must run what the token step runs: 1 a row."""
+
 DISTURBED = 3.0
 """Times the model's prediction, which is within a quarter on a quiet machine."""
 
@@ -61,12 +64,16 @@ _timings: dict[tuple, Timing] = {}  # sites alike are timed once a process
 
 
 def tokens_of(x: object) -> int:
-    """M of a site whose input has the (fake) value ``x``: its leading dimensions' product, or :data:`PROMPT` if one varies."""
+    """M of a site whose input has the (fake) value ``x``: its leading dimensions' product; see PROMPT and FEW if one varies."""
     if not isinstance(x, Tensor):
         return PROMPT
-    if any(isinstance(size, torch.SymInt) for size in x.shape[:-1]):
-        return PROMPT
-    return max(1, x.shape[:-1].numel())
+    tokens = 1
+    for size in x.shape[:-1]:
+        if not isinstance(size, torch.SymInt):
+            tokens *= size
+        elif size.node.shape_env.bound_sympy(size.node.expr).upper > FEW:
+            return PROMPT
+    return max(1, tokens)
 
 
 def time_site(

@@ -33,10 +33,9 @@ def explain(model: str, *, scheme: str, exclude: Sequence[str], lowering: str | 
             compiled = whole
             compiled(torch.zeros(1, 4, dtype=torch.int64))
         else:
-            compiled = decoder.token_step
-            cache = decoder.allocate(1, 2)
-            one = torch.zeros(1, 1, dtype=torch.int64)
-            decoder.prefill(one, one[0], cache)
+            compiled = decoder.likely_step
+            zero = torch.zeros(1, dtype=torch.int64)
+            decoder.likeliest(zero[:, None], zero, zero, decoder.allocate(1, 2), 1)
     explanation = qpass.explain(compiled)
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -37,6 +37,7 @@ def run(
     from qpass.frontends.hf import load
     from qpass.measure import memory
     from qpass.runtime.sampling import Sampling
+    from qpass.runtime.speculate import Speculator
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
@@ -57,14 +58,15 @@ def run(
         )
     text = TextStream(loaded.tokenizer)
 
-    def show(tokens: list[int | None]) -> None:
-        if tokens[0] is not None:
-            sys.stdout.write(text.push(tokens[0]))
-            sys.stdout.flush()
+    def show(tokens: list[list[int]]) -> None:
+        sys.stdout.write("".join(map(text.push, tokens[0])))
+        sys.stdout.flush()
 
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     memory_settled = memory.resident_bytes()
-    out = ready.decoder.generate(input_ids, max_new_tokens=new, sampling=sampling, generator=generator, on_tokens=show)
+    out = Speculator(ready.decoder).generate(
+        input_ids, max_new_tokens=new, sampling=sampling, generator=generator, on_tokens=show
+    )
     sys.stdout.write(text.end() + "\n")
     sys.stdout.flush()
     count = len(out.new_tokens[0])

@@ -98,8 +98,10 @@ def ready(loaded: Loaded, compile: Callable[..., Any], what: str, kv_dtype: str 
     tell_attention(decoder)
     with progress.waiting(f"compiling {what}"):
         seconds = decoder.warm_up()
-    own = hasattr(decoder.token_step, "_qpass_backend")
-    return Ready(loaded, decoder, None, "", seconds, decoder.graphs, qpass.explain(decoder.token_step) if own else None)
+    own = hasattr(decoder.likely_step, "_qpass_backend")
+    return Ready(
+        loaded, decoder, None, "", seconds, decoder.graphs, qpass.explain(decoder.likely_step) if own else None
+    )
 
 
 def tell_attention(decoder: Any) -> None:
