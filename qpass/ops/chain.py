@@ -26,7 +26,10 @@ from qpass.ops.linear import LIBRARY
 
 LIBRARY.define("chain(Tensor[] tensors, str program) -> Tensor[]")
 
-OPS: dict[str, Any] = {"packed_linear": torch.ops.qpass.packed_linear.default, "attention": torch.ops.qpass.attention.default}
+OPS: dict[str, Any] = {
+    "packed_linear": torch.ops.qpass.packed_linear.default,
+    "attention": torch.ops.qpass.attention.default,
+}
 FLATTEN = "flatten"  # the last two dimensions into one: a head's outputs side by side
 
 

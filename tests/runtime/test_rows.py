@@ -13,10 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qpass
 from qpass.cpu import detect
 from qpass.kernels.plan import SERVED
-from qpass.runtime import attention
 from qpass.runtime.decoder import Decoder
 from qpass.runtime.kv import KVCache
-from qpass.runtime.step import make_step
 
 pytestmark = pytest.mark.skipif(detect().tier not in SERVED, reason="needs AVX2")
 
@@ -51,7 +49,7 @@ def test_one_at_a_time_and_several_at_once(scheme: str, kv_dtype: str | None) ->
     torch._dynamo.reset()
     model = small()
     compile = functools.partial(qpass.compile, scheme=scheme, fullgraph=True, dynamic=False)
-    decoder, verify = Decoder(model, compile, kv_dtype=kv_dtype), compile(make_step(model, last_only=False))
+    decoder = Decoder(model, compile, kv_dtype=kv_dtype)
     ids, pad = tiny_decoders.prompt(PROMPT + TOKENS, seed=1), torch.zeros(1, dtype=torch.int64)
 
     def filled() -> KVCache:
@@ -59,21 +57,15 @@ def test_one_at_a_time_and_several_at_once(scheme: str, kv_dtype: str | None) ->
         decoder.prefill(ids[:, :PROMPT], pad, cache)
         return cache
 
-    def several(count: int, start: int, cache: KVCache) -> torch.Tensor:
-        """Logits [count, V] of the tokens from ``start`` on."""
-        new = ids[:, start : start + count].clone()
-        torch._dynamo.mark_dynamic(new, 1)
-        with torch.no_grad(), attention.swapped(attention.configs_of(model)):
-            return verify(new, torch.full((1,), start), pad, cache.keys, cache.values)[0]
-
     one = filled()
     alone = [decoder.decode(ids[:, i : i + 1], pad + i, pad, one, i + 1) for i in range(PROMPT, PROMPT + TOKENS)]
     expected = digest(torch.cat(alone))
     for split in ([5], [2, 3], [3, 2]):
         cache, start, got = filled(), PROMPT, []
         for count in split:
-            got += digest(several(count, start, cache))
+            new, position = ids[:, start : start + count], torch.full((1,), start)
             start += count
+            got += digest(decoder.block(new, position, pad, cache, start)[0])
         assert got == expected, split
         for a, b in zip((*one.keys, *one.values), (*cache.keys, *cache.values), strict=True):
             assert torch.equal(a, b)
