@@ -8,6 +8,7 @@
 
 #include "binding.h"
 #include "binding_attention.h"
+#include "binding_linear.h"
 
 namespace {
 
@@ -16,7 +17,7 @@ namespace chain {
 constexpr const char* op = "chain";
 using Optional = std::optional<Tensor>;
 
-// One call: its op's arguments in the order of the op's schema, those of a kind together. Slots are -1 where none is given.
+// One call: its op's arguments in the order of its schema, those of a kind together. A slot is -1 where none is given.
 struct Step {
   enum Kind { kLinear, kAttention, kFlatten } kind;
   std::vector<int64_t> slots, integers;
@@ -55,8 +56,9 @@ int64_t slot_of(const std::string& word, int64_t count, bool optional) {
 // " [K, bytes of the packed weight]": what measure/profile.py sorts linears by.
 std::string shape_of(const std::vector<int64_t>& integers) {
   const int64_t n = integers[0], k = integers[1], format = integers[2];
-  const QpassKernel* kernel = format >= 0 && format < kFormats ? kernels[format].load(std::memory_order_acquire) : nullptr;
-  if (!kernel || n < 1 || k < 1) return "";  // the call will say what is wrong
+  if (format < 0 || format >= kFormats || n < 1 || k < 1) return "";  // the call will say what is wrong
+  const QpassKernel* kernel = kernels[format].load(std::memory_order_acquire);
+  if (!kernel) return "";
   return " [" + std::to_string(k) + ", " + std::to_string(kernel->packed_bytes(n, k, integers[4] != 0)) + "]";
 }
 
@@ -152,8 +154,8 @@ Tensor run(const Step& step, const std::vector<Optional>& slots) {
   const auto& f = step.numbers;
   switch (step.kind) {
     case Step::kLinear:
-      return linear::packed_linear(tensor(0), tensor(1), given(2), given(3), given(4), n[0], n[1], n[2], n[3], n[4] != 0,
-                                   n[5], given(5), given(6), f[0],
+      return linear::packed_linear(tensor(0), tensor(1), given(2), given(3), given(4), n[0], n[1], n[2], n[3],
+                                   n[4] != 0, n[5], given(5), given(6), f[0],
                                    std::isnan(f[1]) ? std::nullopt : std::optional<double>(f[1]));
     case Step::kAttention:
       return attention::attention(tensor(0), tensor(1), tensor(2), tensor(3), f[0], f[1], given(4), given(5));
