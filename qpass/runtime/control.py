@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Literal
 
 from qpass.errors import OptionError
-from qpass.runtime.learned import Calibration, Chances, Times
+from qpass.runtime.learned import LATEST, Calibration, Chances, Times, trimmed, typical
 
 START, PROBE = 2, 2
 """Drafts of the first rounds, and of a probe: a refused round of two costs half of one of four."""
@@ -73,9 +73,9 @@ class Controller:
         self.history: list[Round] = []
         self.switches: list[Switch] = []
         self.on = self.most > 0
-        self._plain: deque[float] = deque(maxlen=9)
+        self._plain: deque[float] = deque(maxlen=LATEST)
         self._plain_age = 0  # rounds since a plain step was timed
-        self._draft, self._verify = Times(), Times()
+        self._draft, self._verify = Times(trimmed), Times(typical)
         self._accepts = Chances(prior=0.6, weight=8.0, pooled_from=1)  # position i, drafted and reached
         self._drafts = Chances(prior=1.0, weight=0.5, pooled_from=2)  # a row drafts position i, where it is reached
         self._widths = Chances(prior=1.0, weight=0.5, pooled_from=2)  # the widest row drafts position i
@@ -85,16 +85,20 @@ class Controller:
         self._lost = 0.0  # plain steps that speculation has cost more than it gave
         self._total = 0.0  # plain steps that all rounds have taken
         self._wait, self._since_probe = WAIT, 0.0
-        self._rate, self._steps = (
-            0.0,
-            [0.0],
-        )  # tokens a ms at the best K; cost of each further draft, with its verification
-        self._next = self._first()
+        self._rate = 0.0  # tokens a ms at the best K
+        self._steps = [0.0]  # the cost of draft number i together with its verification
+        self._next = self.fixed or 0  # plain steps first: nothing can be judged without their time
 
-    def _first(self) -> int:
-        return (
-            self.fixed if self.fixed is not None else 0
-        )  # plain steps first: nothing can be judged without their time
+    def renew(self) -> None:
+        """Begin another text: the history starts anew, costs are kept, and acceptance is no more than a guess."""
+        self.history, self.switches = [], []
+        if self.fixed is not None or self.most == 0:
+            return
+        self.on = True
+        self._forget()
+        self._lost, self._total = 0.0, 0.0
+        if len(self._plain) > 1 and self._draft.samples():
+            self._next = min(START, self.most)
 
     def choose(self) -> int:
         """The number of tokens to ask the draft for in the next round; 0 is a plain step."""
@@ -195,7 +199,7 @@ class Controller:
 
     def _account(self, asked: int, drafted: Sequence[int], accepted: Sequence[int]) -> None:
         """What the round has cost and given, in plain steps, by the learned costs: an outlier is nobody's fault."""
-        plain, width = max(self._plain_ms(), 1e-9), max(drafted)
+        plain, width = max(self._plain_ms(), 1e-9), min(max(drafted), self.most)
         took = self._costs[width] / plain if asked else 1.0
         self._total += took
         if asked:
@@ -210,6 +214,8 @@ class Controller:
             tried = self._draft.samples()
             if tried < 2:  # the first draft of a text also reads the prompt: one round alone is no judge of its cost
                 return 1 if self._lost > 2 * ALLOWANCE else min(START, self.most)
+            if gain < 1 and tried < 4 and self._accepts.table(1)[1] > 0.6:  # only the times lose: are they disturbed?
+                return 1
             if gain >= (1 if self._lost <= SHARE * self._total + ALLOWANCE else SURE):
                 return 0 if gain < CLOSE and self._plain_age >= REFRESH else best
             self._switch(False)
@@ -232,9 +238,11 @@ class Controller:
         self.on = on
         self.switches.append(Switch(len(self.history), on))
         if not on:  # what comes back may be another text
-            for chances in (self._accepts, self._drafts, self._widths):
-                chances.forget(4.0)
+            self._forget()
+
+    def _forget(self) -> None:
+        for chances in (self._accepts, self._drafts, self._widths):
+            chances.forget(4.0)
 
     def _plain_ms(self) -> float:
-        ordered = sorted(self._plain)
-        return ordered[(len(ordered) - 1) // 2] if ordered else 0.0
+        return typical(self._plain) if self._plain else 0.0

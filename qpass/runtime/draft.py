@@ -101,6 +101,10 @@ class FirstOf:
         for draft in self.drafts:
             begin(draft, cache, pad)
 
+    def warm_up(self, batch: int, *, greedy: bool) -> None:
+        for draft in self.drafts:
+            warm_up(draft, batch, greedy=greedy)
+
     def propose(self, rows: Rows, k: int) -> Proposal:
         return self.answer(Request(rows, k))
 
@@ -126,6 +130,12 @@ def begin(draft: Any, cache: KVCache, pad: Tensor) -> None:
         draft.begin(cache, pad)
 
 
+def warm_up(draft: Any, batch: int, *, greedy: bool) -> None:
+    """Have a draft that compiles something do so before it is needed."""
+    if hasattr(draft, "warm_up"):
+        draft.warm_up(batch, greedy=greedy)
+
+
 class ModelDraft:
     """A smaller model of the same vocabulary, on a cache of its own.
 
@@ -142,6 +152,9 @@ class ModelDraft:
 
     def begin(self, cache: KVCache, pad: Tensor) -> None:
         self._room = cache.length
+
+    def warm_up(self, batch: int, *, greedy: bool) -> None:
+        self.decoder.warm_up(batch, steps=("prompt", "likeliest", "likeliest of several") if greedy else ("prompt", "decode", "block"))
 
     def propose(self, rows: Rows, k: int) -> Proposal:
         return self.answer(Request(rows, k))
@@ -195,6 +208,9 @@ class LayersDraft:
     def begin(self, cache: KVCache, pad: Tensor) -> None:
         layers = len(self.decoder.shapes)
         self._cache, self._pad = KVCache(cache.keys[:layers], cache.values[:layers]), pad
+
+    def warm_up(self, batch: int, *, greedy: bool) -> None:
+        self.decoder.warm_up(batch, steps=("likeliest" if greedy else "decode",))
 
     def propose(self, rows: Rows, k: int) -> Proposal:
         return self.answer(Request(rows, k))

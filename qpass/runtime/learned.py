@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+
+LATEST = 9
+"""How many times of a width are remembered."""
 
 
 class Times:
-    """The time of a width 0..most: a running median each, and straight lines between those that were seen."""
+    """The time of a width 0..most: a robust summary of its latest ones, and straight lines between those that were seen."""
 
-    def __init__(self) -> None:
-        self._seen: dict[int, deque[float]] = {}
+    def __init__(self, summary: Callable[[Sequence[float]], float]) -> None:
+        self._summary = summary
+        self._seen: dict[int, list[float]] = {}
 
     def add(self, width: int, ms: float) -> None:
-        self._seen.setdefault(width, deque(maxlen=9)).append(ms)
+        self._seen[width] = [*self._seen.get(width, [])[1 - LATEST :], ms]
 
     def samples(self) -> int:
         return sum(map(len, self._seen.values()))
@@ -23,19 +26,22 @@ class Times:
     def condense(self) -> None:
         """Keep one sample of each width, as a guess for circumstances that have changed."""
         for width, times in self._seen.items():
-            self._seen[width] = deque([median(times)], maxlen=9)
+            self._seen[width] = [self._summary(times)]
 
     def table(self, most: int, at_zero: float) -> list[float]:
         """ms of each width 0..most; ``at_zero`` is that of width 0 where it was not seen.
 
-        A single sample half as long again as the others let expect may hold a compilation or another process: it
-        counts from the second on, which is what makes a width worth a second try.
+        What lies half as high again as the line through the widths of more samples may hold a compilation or another
+        process: it counts from the second sample on, or from the fourth where other widths say otherwise, which is what
+        makes a width worth another try.
         """
-        sure = {0: at_zero} | {w: median(times) for w, times in self._seen.items() if len(times) > 1}
-        points = dict(sure)
-        for width, times in self._seen.items():
-            if len(times) == 1 and ((len(sure) == 1 and at_zero == 0) or times[0] <= 1.5 * _line(sure, width)):
-                points[width] = times[0]
+        points = {0: at_zero}
+        for width, times in sorted(self._seen.items(), key=lambda item: -len(item[1])):
+            alone = len(points) == 1
+            known = len(times) >= (2 if alone else 4) or (alone and at_zero == 0)
+            ms = self._summary(times)
+            if known or ms <= 1.5 * _line(points, width):
+                points[width] = ms
         return [_line(points, width) for width in range(most + 1)]
 
 
@@ -51,9 +57,15 @@ def _line(points: dict[int, float], width: int) -> float:
     return points[below] + (points[above] - points[below]) / (above - below) * (width - below)
 
 
-def median(times: Sequence[float] | deque[float]) -> float:
-    """The lower one of an even number: what disturbs a time makes it longer."""
-    return sorted(times)[(len(times) - 1) // 2]
+def typical(times: Sequence[float]) -> float:
+    """The time at a third of the way from the shortest; of up to three the shortest. What disturbs a time adds to it."""
+    return sorted(times)[(len(times) - 1) // 3]
+
+
+def trimmed(times: Sequence[float]) -> float:
+    """The mean without the longest fifth, rounded up: for times that differ by themselves, as those of drafts in turn do."""
+    kept = sorted(times)[: max(1, len(times) - (len(times) + 4) // 5)]
+    return sum(kept) / len(kept)
 
 
 class Chances:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qpass.errors import OptionError
+from qpass.runtime.rows import synced
 
 
 class NgramDraft:
@@ -27,22 +28,8 @@ class NgramDraft:
 
     def propose(self, rows: Sequence[Sequence[int]], k: int) -> list[list[int]]:
         """Up to ``k`` tokens for each of the rows (their real tokens so far)."""
-        self._seen = self._synced([row if isinstance(row, list) else list(row) for row in rows])
+        self._seen = synced(self._seen, rows, lambda: _Row(self.longest, self.shortest))
         return [row.follow(k) for row in self._seen]
-
-    def _synced(self, rows: list[list[int]]) -> list[_Row]:
-        """The index of each row, brought up to it; rows may have moved up because others have ended."""
-        free = list(self._seen)
-        synced = []
-        for row in rows:
-            known = next((old for old in free if old.begins(row)), None)
-            if known is None:
-                known = _Row(self.longest, self.shortest)
-            else:
-                free.remove(known)
-            known.extend(row[len(known.tokens) :])
-            synced.append(known)
-        return synced
 
 
 class _Row:
@@ -52,9 +39,6 @@ class _Row:
         self.tokens: list[int] = []
         self.lengths = range(shortest, longest + 1)
         self.follows: dict[tuple[int, ...], int] = {}  # n-gram -> the place behind its latest occurrence
-
-    def begins(self, row: list[int]) -> bool:
-        return row[: len(self.tokens)] == self.tokens
 
     def extend(self, new: list[int]) -> None:
         tokens, follows = self.tokens, self.follows
