@@ -146,7 +146,8 @@ class Decoder:
     def warm_up(self, batch: int = 1, *, steps: Sequence[str] = ("prompt", "likeliest")) -> float:
         """Compile steps for a batch size, on a small cache that is thrown away; returns the seconds it took.
 
-        ``steps`` are of "prompt", "likeliest" (a greedy token), "decode" (logits of one token), "verify" and "block".
+        ``steps`` are of "prompt", "likeliest" (a greedy token), "likeliest of several" (behind several new ones),
+        "decode" (logits of one token), "verify" and "block" (logits of several).
         """
         started = time.perf_counter()
         cache = self.allocate(batch, 2 * LENGTH_STEP)
@@ -157,7 +158,9 @@ class Decoder:
                 if step == "prompt":
                     self.prefill(ids, pad, cache)
                 elif step in ("verify", "block"):
-                    getattr(self, step)(ids, pad, pad, cache, 5)
+                    getattr(self, step)(ids, pad + 5, pad, cache, 10)
+                elif step == "likeliest of several":
+                    self.likeliest(ids, pad + 5, pad, cache, 10)
                 else:
                     getattr(self, step)(ids[:, :1], pad + 5, pad, cache, 6)
         return time.perf_counter() - started

@@ -28,6 +28,7 @@ class Proposal:
     tokens: Tensor  # int64 [B, K]; NONE from where on a row proposes nothing
     probs: Tensor | None = None  # fp32 [B, K, V]; None: each token was certain (greedy, n-gram)
     confidences: tuple[tuple[float, ...], ...] | None = None  # a row each: how likely the draft held each of its tokens
+    by: tuple[str, ...] | None = None  # a row each: which of several drafts proposed
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,10 @@ class FirstOf:
         for draft in self.drafts:
             begin(draft, cache, pad)
 
+    def warm_up(self, batch: int, *, greedy: bool) -> None:
+        for draft in self.drafts:
+            warm_up(draft, batch, greedy=greedy)
+
     def propose(self, rows: Rows, k: int) -> Proposal:
         return self.answer(Request(rows, k))
 
@@ -109,6 +114,7 @@ class FirstOf:
             raise OptionError("several drafts together propose for greedy decoding only; give one draft to sample")
         found: list[list[int]] = [[] for _ in request.rows]
         sure: list[tuple[float, ...]] = [() for _ in request.rows]
+        by = [""] * len(found)
         for draft in self.drafts:
             if all(found):
                 break
@@ -117,7 +123,13 @@ class FirstOf:
                 if not found[b]:
                     found[b] = list(itertools.takewhile(lambda token: token != NONE, row))
                     sure[b] = proposal.confidences[b] if proposal.confidences else ()
-        return Proposal(padded(found, NONE), None, tuple(sure) if any(sure) else None)
+                    by[b] = label(draft)
+        return Proposal(padded(found, NONE), None, tuple(sure) if any(sure) else None, tuple(by))
+
+
+def label(draft: Any) -> str:
+    """What a draft is called where its tokens are shown."""
+    return getattr(draft, "label", type(draft).__name__)
 
 
 def begin(draft: Any, cache: KVCache, pad: Tensor) -> None:
@@ -126,12 +138,20 @@ def begin(draft: Any, cache: KVCache, pad: Tensor) -> None:
         draft.begin(cache, pad)
 
 
+def warm_up(draft: Any, batch: int, *, greedy: bool) -> None:
+    """Have a draft that compiles something do so before it is needed."""
+    if hasattr(draft, "warm_up"):
+        draft.warm_up(batch, greedy=greedy)
+
+
 class ModelDraft:
     """A smaller model of the same vocabulary, on a cache of its own.
 
     It remembers what its cache holds and feeds what is new of each row: after a round that is the target's own token
     and, where everything was accepted, the last drafted one.
     """
+
+    label = "draft"
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -142,6 +162,11 @@ class ModelDraft:
 
     def begin(self, cache: KVCache, pad: Tensor) -> None:
         self._room = cache.length
+
+    def warm_up(self, batch: int, *, greedy: bool) -> None:
+        self.decoder.warm_up(
+            batch, steps=("prompt", "likeliest", "likeliest of several") if greedy else ("prompt", "decode", "block")
+        )
 
     def propose(self, rows: Rows, k: int) -> Proposal:
         return self.answer(Request(rows, k))
@@ -187,6 +212,8 @@ class LayersDraft:
     ``decoder`` decodes with the shortened model (:func:`qpass.runtime.shorten.first_layers`).
     """
 
+    label = "first layers"
+
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self._cache: KVCache | None = None
@@ -195,6 +222,9 @@ class LayersDraft:
     def begin(self, cache: KVCache, pad: Tensor) -> None:
         layers = len(self.decoder.shapes)
         self._cache, self._pad = KVCache(cache.keys[:layers], cache.values[:layers]), pad
+
+    def warm_up(self, batch: int, *, greedy: bool) -> None:
+        self.decoder.warm_up(batch, steps=("likeliest" if greedy else "decode",))
 
     def propose(self, rows: Rows, k: int) -> Proposal:
         return self.answer(Request(rows, k))

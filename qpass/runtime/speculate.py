@@ -18,9 +18,9 @@ from qpass.errors import OptionError
 from qpass.runtime.accept import accept_greedy, accept_sampled
 from qpass.runtime.control import Controller
 from qpass.runtime.decoder import Decoder, at_least_two, left_padding
-from qpass.runtime.draft import NONE, Proposal, Request, ask, begin, padded
+from qpass.runtime.draft import NONE, Proposal, Request, ask, begin, label, padded
 from qpass.runtime.kv import KVCache
-from qpass.runtime.sampling import Sampling, block_probabilities
+from qpass.runtime.sampling import Sampling, block_probabilities, block_processed
 from qpass.runtime.stats import Stats
 from qpass.runtime.verify import MOST, likeliest
 
@@ -59,6 +59,7 @@ class Speculator:
             raise OptionError(f"a draft needs a method propose(rows, k); {type(draft).__name__} has none")
         self.decoder, self.draft, self.k = decoder, draft, 0 if draft is None else k
         self.stats = Stats()
+        self._controller = Controller(self.k, MOST - 1)  # what it learned of costs serves the next text too
         self._busy = False
 
     def stream(
@@ -72,13 +73,15 @@ class Speculator:
         generator: torch.Generator | None = None,
         stop: Stop | None = None,
         length: int | None = None,
+        show_padding: bool = False,
     ) -> Iterator[list[list[int]]]:
         """Yield one list a step: the new tokens of each row, none for a row that has ended.
 
         ``input_ids`` [B, S] may be left-padded, with ``attention_mask`` [B, S] zero at the padding. A row ends behind
         its end-of-sequence token (the model's own unless ``eos_token_id`` says otherwise; an empty tuple: never), or
-        where ``stop`` says so. ``length`` is the cache's size in tokens, by default what is needed. To cancel, close
-        the generator or leave the loop.
+        where ``stop`` says so. ``length`` is the cache's size in tokens, by default what is needed. Penalties and
+        processors see a row's real tokens, with ``show_padding`` what stands in front of them too, as transformers
+        shows it. To cancel, close the generator or leave the loop.
         Raises OptionError for an empty prompt, one that doesn't fit, or a mask that isn't left padding.
         """
         how, decoder = sampling or Sampling(), self.decoder
@@ -93,70 +96,38 @@ class Speculator:
             raise OptionError("this speculator is generating already; make one for each generation that runs at a time")
         self._busy = True
         try:
-            yield from self._rounds(input_ids, pad, cache, max_new_tokens, how, eos, generator, stop)
+            rows = [row[n:] for row, n in zip(input_ids.tolist(), pad.tolist(), strict=True)]
+            heads = [row[:n] if show_padding else [] for row, n in zip(input_ids.tolist(), pad.tolist(), strict=True)]
+            checked = Checker(decoder, cache, pad, rows, how, heads, generator)
+            ends = Ends([len(row) for row in rows], max_new_tokens, eos, stop)
+            yield from self._rounds(checked, ends, input_ids)
         finally:
             self._busy = False
 
-    def _rounds(
-        self,
-        input_ids: Tensor,
-        pad: Tensor,
-        cache: KVCache,
-        max_new_tokens: int,
-        how: Sampling,
-        eos: frozenset[int],
-        generator: torch.Generator | None,
-        stop: Stop | None,
-    ) -> Iterator[list[list[int]]]:
-        decoder, controller = self.decoder, Controller(self.k, MOST - 1)
-        stats = self.stats = Stats(controller)
-        rows = [row[n:] for row, n in zip(input_ids.tolist(), pad.tolist(), strict=True)]
-        prompts = [len(row) for row in rows]
-        running = [True] * len(rows)
+    def _rounds(self, target: Checker, ends: Ends, input_ids: Tensor) -> Iterator[list[list[int]]]:
+        rows, controller = target.rows, self._controller
+        controller.renew()
+        stats = self.stats = Stats(controller.history, controller.switches)
         if self.draft is not None:
-            begin(self.draft, cache, pad)
-
-        def emit(
-            tokens: list[list[int]], accepted: Sequence[int], rejected: Sequence[Sequence[int]]
-        ) -> list[list[int]]:
-            """Append each row's tokens up to its end, of which the first ``accepted`` are the draft's."""
-            new: list[list[int]] = [[] for _ in rows]
-            for b, row in enumerate(rows):
-                for token in tokens[b] if running[b] else ():
-                    row.append(token)
-                    new[b].append(token)
-                    over = len(row) - prompts[b] >= max_new_tokens
-                    if over or token in eos or (stop is not None and stop(row)):
-                        running[b] = False
-                        break
-            stats.emitted(new, accepted, rejected)
-            return new
-
+            begin(self.draft, target.cache, target.pad)
         started = time.perf_counter()
-        logits = decoder.prefill(input_ids, pad, cache)
-        first = _next(logits, how, rows, generator)
+        first = target.first(input_ids)
         stats.ttft_ms = 1e3 * (time.perf_counter() - started)
-        yield emit([[token] for token in first], [0] * len(rows), [()] * len(rows))
-        while any(running):
+        new = ends.append(rows, first)
+        stats.emitted(new, [0] * len(rows), [()] * len(rows), [""] * len(rows))
+        yield new
+        while any(ends.running):
             started = time.perf_counter()
-            left = max(
-                max_new_tokens - len(row) + n for row, n, runs in zip(rows, prompts, running, strict=True) if runs
-            )
-            filled = int(pad.max()) + max(map(len, rows))
-            k = max(0, min(controller.choose(), left - 1, self._room(rows), cache.length - filled))
-            proposal = self._draft(Request(rows, k, how, generator, controller.go_on, decoder.vocabulary), running)
+            k = max(0, min(controller.choose(), ends.left(rows) - 1, target.room()))
+            proposal = self._propose(target, k, ends.running, controller)
             drafted = time.perf_counter()
-            last = torch.tensor([[row[-1]] for row in rows])
-            position = pad + torch.tensor([len(row) - 1 for row in rows])
-            tokens, counts = self._check(last, proposal, position, pad, cache, how, rows, generator)
+            tokens, counts = target.check(proposal)
             checked = time.perf_counter()
             guesses = [[token for token in row if token != NONE] for row in proposal.tokens.tolist()]
-            alive = [b for b, runs in enumerate(running) if runs]
-            new = emit(
-                [row[:n] for row, n in zip(tokens, counts, strict=True)],
-                [n - 1 for n in counts],
-                [row[n - 1 :] for row, n in zip(guesses, counts, strict=True)],
-            )
+            alive = [b for b, runs in enumerate(ends.running) if runs]
+            new = ends.append(rows, [row[:n] for row, n in zip(tokens, counts, strict=True)])
+            rejected = [row[n - 1 :] for row, n in zip(guesses, counts, strict=True)]
+            stats.emitted(new, [n - 1 for n in counts], rejected, proposal.by or [label(self.draft)] * len(rows))
             controller.observe(
                 k,
                 [len(guesses[b]) for b in alive],
@@ -169,53 +140,15 @@ class Speculator:
             stats.step_tokens.append(sum(map(len, new)))
             yield new
 
-    def _room(self, rows: list[list[int]]) -> int:
-        """How many more tokens the model's context has room for, in its fullest row."""
-        context = self.decoder.context
-        return MOST if context is None else context - max(map(len, rows))
-
-    def _draft(self, request: Request, running: list[bool]) -> Proposal:
-        if request.k < 1:
-            return Proposal(torch.empty(len(request.rows), 0, dtype=torch.int64))
-        proposal = ask(self.draft, request)
+    def _propose(self, target: Checker, k: int, running: list[bool], controller: Controller) -> Proposal:
+        if k == 0:
+            return Proposal(torch.empty(len(running), 0, dtype=torch.int64))
+        vocabulary = target.decoder.vocabulary
+        proposal = ask(self.draft, Request(target.rows, k, target.how, target.generator, controller.go_on, vocabulary))
         tokens = torch.where(torch.tensor(running)[:, None], proposal.tokens, NONE)
         width = int((tokens != NONE).sum(1).max()) if tokens.numel() else 0
         probs = None if proposal.probs is None else proposal.probs[:, :width]
-        return Proposal(tokens[:, :width], probs, proposal.confidences)
-
-    def _check(
-        self,
-        last: Tensor,  # [B, 1]
-        proposal: Proposal,
-        position: Tensor,
-        pad: Tensor,
-        cache: KVCache,
-        how: Sampling,
-        rows: list[list[int]],
-        generator: torch.Generator | None,
-    ) -> tuple[list[list[int]], list[int]]:
-        """The target's verdict on a round: tokens [B][K+1] and how many of them are new."""
-        decoder, drafted = self.decoder, proposal.tokens
-        filled = int(position.max()) + 1 + drafted.shape[1]
-        simple = how.greedy and not how.needs_tokens
-        if simple and drafted.shape[1] == 0:
-            token, _ = decoder.likeliest(last, position, pad, cache, filled)
-            return token.tolist(), [1] * len(rows)
-        block = torch.cat([last, drafted], 1)
-        if simple:
-            tokens, count = decoder.verify(block, position, pad, cache, filled)
-            return tokens.tolist(), count.tolist()
-        if drafted.shape[1] == 0:
-            logits = decoder.decode(last, position, pad, cache, filled)[:, None]
-        else:
-            logits = decoder.block(block.clamp_min(0), position, pad, cache, filled)
-        p = block_probabilities(logits.float(), how, rows, drafted)
-        if how.greedy:
-            tokens, count = accept_greedy(drafted, p)
-        else:
-            uniform = torch.rand(drafted.shape[0], drafted.shape[1] + 1, generator=generator)
-            tokens, count = accept_sampled(drafted, p, proposal.probs, uniform)
-        return tokens.tolist(), count.tolist()
+        return Proposal(tokens[:, :width], probs, proposal.confidences, proposal.by)
 
     def generate(
         self,
@@ -228,6 +161,7 @@ class Speculator:
         pad_token_id: int | None = None,
         generator: torch.Generator | None = None,
         stop: Stop | None = None,
+        show_padding: bool = False,
         on_tokens: Callable[[list[list[int]]], None] | None = None,
     ) -> Generation:
         """Run :meth:`stream` to its end; ``on_tokens`` is called with each step's tokens as they come."""
@@ -241,6 +175,7 @@ class Speculator:
             eos_token_id=eos_token_id,
             generator=generator,
             stop=stop,
+            show_padding=show_padding,
         )
         for step in steps:
             for row, tokens in zip(new, step, strict=True):
@@ -258,12 +193,94 @@ class Speculator:
         )
 
 
-def _next(logits: Tensor, how: Sampling, rows: list[list[int]], generator: torch.Generator | None) -> list[int]:
-    """The token behind the prompt, by the same rule as every later one."""
-    if how.greedy and not how.needs_tokens:
-        return likeliest(logits)[0][:, 0].tolist()
-    nothing = torch.empty(len(rows), 0, dtype=torch.int64)
-    p = block_probabilities(logits[:, None].float(), how, rows, nothing)
-    if how.greedy:
-        return p[:, 0].argmax(-1).tolist()
-    return accept_sampled(nothing, p, None, torch.rand(len(rows), 1, generator=generator))[0][:, 0].tolist()
+@dataclass
+class Ends:
+    """When each row ends: at an end token, at its length, or where ``stop`` says so."""
+
+    prompts: list[int]
+    max_new_tokens: int
+    eos: frozenset[int]
+    stop: Stop | None
+    running: list[bool] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.running = [True] * len(self.prompts)
+
+    def left(self, rows: Sequence[Sequence[int]]) -> int:
+        """The most tokens that a running row may still get."""
+        used = zip(rows, self.prompts, self.running, strict=True)
+        return max(self.max_new_tokens - len(row) + prompt for row, prompt, runs in used if runs)
+
+    def append(self, rows: list[list[int]], tokens: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Append to each running row what comes before its end; returns that."""
+        new: list[list[int]] = [[] for _ in rows]
+        for b, row in enumerate(rows):
+            for token in tokens[b] if self.running[b] else ():
+                row.append(token)
+                new[b].append(token)
+                over = len(row) - self.prompts[b] >= self.max_new_tokens
+                if over or token in self.eos or (self.stop is not None and self.stop(row)):
+                    self.running[b] = False
+                    break
+        return new
+
+
+@dataclass
+class Checker:
+    """The target's side of a generation: its cache, where each row stands, and its verdict on a round."""
+
+    decoder: Decoder
+    cache: KVCache
+    pad: Tensor  # [B]
+    rows: list[list[int]]  # real tokens
+    how: Sampling
+    heads: list[list[int]]  # what penalties and processors see in front of each row
+    generator: torch.Generator | None
+
+    @property
+    def simple(self) -> bool:
+        """Whether the likeliest token is all that counts: then the graph itself decides."""
+        return self.how.greedy and not self.how.needs_tokens
+
+    def room(self) -> int:
+        """How many drafted tokens the cache and the model's context have room for, in the fullest row."""
+        longest = max(map(len, self.rows))
+        context = self.decoder.context
+        return min(MOST if context is None else context - longest, self.cache.length - int(self.pad.max()) - longest)
+
+    def first(self, input_ids: Tensor) -> list[list[int]]:
+        """The token behind each prompt, by the same rule as every later one."""
+        logits = self.decoder.prefill(input_ids, self.pad, self.cache)
+        if self.simple:
+            return likeliest(logits)[0].tolist()
+        nothing = torch.empty(len(self.rows), 0, dtype=torch.int64)
+        return self._judge(logits[:, None], Proposal(nothing))[0]
+
+    def check(self, proposal: Proposal) -> tuple[list[list[int]], list[int]]:
+        """The new tokens of each row, [B][K+1], and how many of them count."""
+        drafted = proposal.tokens
+        last = torch.tensor([[row[-1]] for row in self.rows])
+        position = self.pad + torch.tensor([len(row) - 1 for row in self.rows])
+        filled = int(position.max()) + 1 + drafted.shape[1]
+        where = (position, self.pad, self.cache, filled)
+        if drafted.shape[1] == 0:
+            if self.simple:
+                return self.decoder.likeliest(last, *where)[0].tolist(), [1] * len(self.rows)
+            return self._judge(self.decoder.decode(last, *where)[:, None], proposal)
+        block = torch.cat([last, drafted], 1)
+        if self.simple:
+            tokens, count = self.decoder.verify(block, *where)
+            return tokens.tolist(), count.tolist()
+        return self._judge(self.decoder.block(block.clamp_min(0), *where), proposal)
+
+    def _judge(self, logits: Tensor, proposal: Proposal) -> tuple[list[list[int]], list[int]]:
+        """The rule outside of the graph, for logits [B, K+1, V]: what to sample by changes with every call."""
+        drafted = proposal.tokens
+        seen = [[*head, *row] for head, row in zip(self.heads, self.rows, strict=True)]
+        if self.how.greedy:
+            tokens, count = accept_greedy(drafted, block_processed(logits, self.how, seen, drafted))
+        else:
+            p = block_probabilities(logits, self.how, seen, drafted)
+            uniform = torch.rand(logits.shape[:2], generator=self.generator, dtype=torch.float64)
+            tokens, count = accept_sampled(drafted, p, proposal.probs, uniform)
+        return tokens.tolist(), count.tolist()

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from qpass.runtime.control import Controller, Round
+from qpass.runtime.control import Round, Switch
 
 
 @dataclass(frozen=True)
@@ -17,29 +17,33 @@ class Piece:
     token: int
     drafted: bool
     rejected: tuple[int, ...] = ()
+    by: str | None = None  # which draft
 
 
 @dataclass
 class Stats:
     """Times are wall clock, in milliseconds; ``pieces`` holds a list a row."""
 
-    controller: Controller = field(default_factory=lambda: Controller(0))
+    rounds: list[Round] = field(default_factory=list)
+    switches: list[Switch] = field(default_factory=list)  # where speculation switched itself off and on
     ttft_ms: float = float("nan")
     pieces: list[list[Piece]] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)  # each round after the first token, everything included
     step_tokens: list[int] = field(default_factory=list)  # of all rows
 
-    def emitted(self, new: Sequence[Sequence[int]], accepted: Sequence[int], rejected: Sequence[Sequence[int]]) -> None:
-        """Note the new tokens of each row, of which the first ``accepted`` were drafted and ``rejected`` were not taken."""
+    def emitted(
+        self,
+        new: Sequence[Sequence[int]],
+        accepted: Sequence[int],
+        rejected: Sequence[Sequence[int]],
+        by: Sequence[str],
+    ) -> None:
+        """Note the new tokens of each row: the first ``accepted`` were drafted, ``rejected`` were not taken."""
         if not self.pieces:
             self.pieces = [[] for _ in new]
-        for row, tokens, n, refused in zip(self.pieces, new, accepted, rejected, strict=True):
+        for row, tokens, n, refused, who in zip(self.pieces, new, accepted, rejected, by, strict=True):
             for i, token in enumerate(tokens):
-                row.append(Piece(token, i < n, tuple(refused) if i == n else ()))
-
-    @property
-    def rounds(self) -> list[Round]:
-        return self.controller.history
+                row.append(Piece(token, True, (), who) if i < n else Piece(token, False, tuple(refused)))
 
     @property
     def new_tokens(self) -> int:
@@ -111,14 +115,15 @@ class Stats:
         return [
             ("new tokens", f"{self.new_tokens} in {len(self.rounds) + 1} steps, {self.tokens_a_step:.2f} a step"),
             ("speed", f"{self.tokens_per_second:.1f} tokens/s, TPOT {self.tpot_ms:.1f} ms, TTFT {self.ttft_ms:.0f} ms"),
-            ("accepted", f"{self.acceptance:.0%} of the drafted tokens"),
+            ("accepted", f"{self.acceptance:.0%} of the drafted tokens" if any(asked) else "nothing was drafted"),
             ("verify", costs or "none"),
             ("draft", f"{self.draft_share:.0%} of the time"),
             (
                 "loop",
                 f"{self.loop_share:.1%} of the time; the bound for this acceptance is {self.bound_ms:.1f} ms a token",
             ),
-            ("K", f"{_runs(asked)}"),
+            ("K", _runs(asked)),
+            ("switched", ", ".join(f"{'on' if s.on else 'off'} at step {s.at}" for s in self.switches) or "never"),
         ]
 
     def __str__(self) -> str:

@@ -101,7 +101,8 @@ def argument_guards(entries: Sequence[Any]) -> list[bool]:
 
     def keep(entry: Any) -> bool:
         argument = entry.guard_type == "TENSOR_MATCH" and not isinstance(entry.value, nn.Parameter)
-        return entry.guard_type in ("GLOBAL_STATE", "SHAPE_ENV") or (argument and not entry.is_global)
+        kinds = ("GLOBAL_STATE", "SHAPE_ENV", "DUPLICATE_INPUT")  # the last: two arguments that are one tensor
+        return entry.guard_type in kinds or (argument and not entry.is_global)
 
     return [keep(entry) for entry in entries]
 

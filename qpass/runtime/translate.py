@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qpass.runtime.draft import NONE, Request, ask, begin
+from qpass.runtime.draft import NONE, Request, ask, begin, warm_up
 from qpass.runtime.kv import KVCache
 from qpass.runtime.rows import synced
 
@@ -32,6 +32,8 @@ class TranslatedDraft:
     do, get no proposal.
     """
 
+    label = "draft, translated"
+
     def __init__(self, draft: Any, draft_tokenizer: Any, tokenizer: Any) -> None:
         self.draft = draft
         self._target, self._source = _Vocabulary(tokenizer), _Vocabulary(draft_tokenizer)
@@ -39,6 +41,9 @@ class TranslatedDraft:
 
     def begin(self, cache: KVCache, pad: Tensor) -> None:
         begin(self.draft, cache, pad)
+
+    def warm_up(self, batch: int, *, greedy: bool) -> None:
+        warm_up(self.draft, batch, greedy=True)
 
     def propose(self, rows: Sequence[Sequence[int]], k: int) -> list[list[int]]:
         """Up to ``k`` of the target's tokens for each row (its real tokens so far)."""
