@@ -14,8 +14,9 @@ from qpass.cpu import TIERS, Cpu, Rates, Tier
 from qpass.kernels.format import BLOCK, KernelFormat
 
 Path = Literal["linear", "stream", "panel", "tiles"]
-"""linear: weights in the order they lie in, few accumulators. stream: four vectors abreast, codes unpacked in registers
-again for each tile of rows. panel: unpacked once into the L1 cache. tiles: the same panel, fed to AMX."""
+"""linear: weights in the order they lie in, few accumulators. stream: vectors abreast, codes unpacked in registers; up to
+twelve rows in one tile as the codes come from memory, else again for each tile from the cache. panel: unpacked once into
+the L2 cache. tiles: a panel, fed to AMX."""
 
 SERVED: tuple[Tier, ...] = TIERS[1:]
 
@@ -23,7 +24,7 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 """By number, as ``QpassActivation`` in ``cpp/abi.h`` and ``qpass.ops.epilogue`` have them."""
 
 LANES = 16
-SEGMENT = {"a16": 128, "a8": 256}  # inputs between stores of the accumulators without groups (cpp/layout.h)
+SEGMENT = {"a16": 512, "a8": 1024}  # inputs between stores of the accumulators without groups (cpp/layout.h)
 
 UNPACK_OPS = {
     # vector instructions that make one operand of codes, counted in cpp/isa_*.h; loads apart
@@ -36,7 +37,8 @@ UNPACK_OPS = {
     (3, "a16"): 2.5,  # select, shift, lookup
     (2, "a16"): 1.75,
 }
-FOLD_OPS = 15.0  # a finished group into 16 totals: convert, zero, scale, add, load, store; measured on Zen 4, 2026-11
+FOLD_OPS = 12.0  # a finished group into 16 totals: zero, convert, scale, add, load, store; measured on Zen 4, 2026-11
+HELD_FOLD_OPS = 7.0  # the same where the totals wait in registers; measured on Zen 4, 2026-11
 DOT_EFFICIENCY = 0.79  # of the peak inside a tile: its loop, and the loads that begin it; measured on Zen 4, 2026-11
 LOAD_OPS = 0.5  # a load of 64 bytes beside arithmetic: two a cycle on every core since Haswell
 STORE_OPS = 2.0  # a store of 64 bytes: one a cycle
@@ -107,6 +109,9 @@ class Tuning:
         return "panel" if format.unpacks and m >= self.panel_rows else "stream"
 
 
+ONE_PASS_ROWS = 12
+"""Up to here AVX-512 has one tile for all rows, which takes the weights as they come from memory."""
+
 EXACT_ROWS = 64
 """Up to here the rows of a16 have the same bits for every M: tiles round otherwise and serve wider calls only."""
 
@@ -120,15 +125,19 @@ def linear_limit(format: KernelFormat, tier: Tier) -> int:
     """The most rows that a unit can walk in stored order (``Tuning::linear_rows`` in ``cpp/isa_*.h``)."""
     if tier in ("avx2", "avx_vnni"):
         return 1
-    return 0 if format.rule == "a16" else 6 if format.bits == 8 else 2
+    return 0 if format.rule == "a16" else 6 if format.bits == 8 else 4
 
 
-def tile_rows(format: KernelFormat, tier: Tier, path: Path) -> int:
-    """Rows of a register tile: 24 of 32 accumulators, 8 of 16, or an AMX tile. Making bytes of 3 bits takes registers."""
+def tile_rows(format: KernelFormat, tier: Tier, path: Path, m: int) -> int:
+    """The most rows of a register tile (``Tuning`` in ``cpp/isa_*.h``), for a call of M rows.
+
+    AVX-512 has 24 accumulators, or 12 and their totals, AVX2 8. Making bytes of 3 bits takes registers.
+    """
     if path == "tiles":
         return 16
-    crowded = format.bits == 3 and format.rule != "a16" and path != "panel"
-    return 4 if crowded or tier in ("avx2", "avx_vnni") else 6
+    if tier in ("avx2", "avx_vnni") or (format.bits == 3 and format.rule != "a16" and path != "panel"):
+        return 4
+    return ONE_PASS_ROWS if path != "panel" and m <= ONE_PASS_ROWS else 6
 
 
 def blocking(cpu: Cpu) -> Blocking:
@@ -145,13 +154,15 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
     kind = "a16" if format.rule == "a16" else "a8"
     macs_of_dot = 32 if kind == "a16" else 64
     n, k = format.blocks(shape.n, shape.glu) * BLOCK, format.padded_k(shape.k)
-    rows = tile_rows(format, tier, path)
+    rows = tile_rows(format, tier, path, shape.m)
     passes = -(-shape.m // rows)  # of a tile over the weights
     operands = n * k / macs_of_dot  # of 64 bytes
     dots = operands * shape.m
     segment = format.group or SEGMENT[kind]
     folds = shape.m * n / LANES * -(-k // segment)
-    folding = folds * FOLD_OPS / rates.vector_ops  # behind the tile that it closes: nothing to overlap with
+    held = format.group is not None and tier not in ("avx2", "avx_vnni") and (path == "panel" or passes > 1)
+    fold_ops = HELD_FOLD_OPS if held and path != "tiles" else FOLD_OPS
+    folding = folds * fold_ops / rates.vector_ops  # behind the tile that it closes: nothing to overlap with
     unpacking = operands * UNPACK_OPS[format.bits, kind]
     if path == "tiles":
         unpacked = unpacking + 2 * LOAD_OPS * operands
