@@ -14,8 +14,9 @@ import itertools
 import math
 import statistics
 from pathlib import Path
+from typing import cast
 
-from qpass.cpu import Cpu, Rates
+from qpass.cpu import Cpu, Rates, Tier
 from qpass.kernels import plan
 from qpass.kernels.plan import Shape
 from qpass.measure.linear import format_of
@@ -41,8 +42,8 @@ def predicted(record: Record) -> float:
     """Milliseconds, with the machine's rates of the record."""
     s = record.settings
     cpu = Cpu(record.machine.cpu, "x", frozenset(), record.machine.cores, rates=Rates(**s["rates"]))
-    format = format_of(Scheme.parse(s["name"]))
-    return 1e3 * plan.predict(Shape(s["m"], s["n"], s["k"]), format, cpu, s["path"], record.machine.tier).seconds
+    format, tier = format_of(Scheme.parse(s["name"])), cast(Tier, record.machine.tier)
+    return 1e3 * plan.predict(Shape(s["m"], s["n"], s["k"]), format, cpu, s["path"], tier).seconds
 
 
 def loss(records: list[Record]) -> float:

@@ -14,9 +14,8 @@ from qpass.cpu import TIERS, Cpu, Rates, Tier
 from qpass.kernels.format import BLOCK, KernelFormat
 
 Path = Literal["linear", "stream", "panel", "tiles"]
-"""linear: weights in the order they lie in, few accumulators. stream: vectors abreast, codes unpacked in registers; up to
-twelve rows in one tile as the codes come from memory, else again for each tile from the cache. panel: unpacked once into
-the L2 cache. tiles: a panel, fed to AMX."""
+"""linear: weights in the order they lie in, few accumulators. stream: vectors abreast, codes unpacked in registers, again
+for each tile of rows from the cache. panel: unpacked once into the L2 cache. tiles: a panel, fed to AMX."""
 
 SERVED: tuple[Tier, ...] = TIERS[1:]
 
@@ -24,7 +23,9 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 """By number, as ``QpassActivation`` in ``cpp/abi.h`` and ``qpass.ops.epilogue`` have them."""
 
 LANES = 16
-SEGMENT = {"a16": 512, "a8": 1024}  # inputs between stores of the accumulators without groups (cpp/layout.h)
+SEGMENT = {"a16": 128, "a8": 256}  # inputs between stores of the accumulators without groups (cpp/layout.h)
+
+SPAN = {"a16": 1024, "a8": 2048}  # the same where several tiles walk a span of K each (cpp/segment.h)
 
 UNPACK_OPS = {
     # vector instructions that make one operand of codes, counted in cpp/isa_*.h; loads apart
@@ -109,9 +110,6 @@ class Tuning:
         return "panel" if format.unpacks and m >= self.panel_rows else "stream"
 
 
-ONE_PASS_ROWS = 12
-"""Up to here AVX-512 has one tile for all rows, which takes the weights as they come from memory."""
-
 EXACT_ROWS = 64
 """Up to here the rows of a16 have the same bits for every M: tiles round otherwise and serve wider calls only."""
 
@@ -125,19 +123,16 @@ def linear_limit(format: KernelFormat, tier: Tier) -> int:
     """The most rows that a unit can walk in stored order (``Tuning::linear_rows`` in ``cpp/isa_*.h``)."""
     if tier in ("avx2", "avx_vnni"):
         return 1
-    return 0 if format.rule == "a16" else 6 if format.bits == 8 else 4
+    return 0 if format.rule == "a16" else 6 if format.bits == 8 else 2
 
 
-def tile_rows(format: KernelFormat, tier: Tier, path: Path, m: int) -> int:
-    """The most rows of a register tile (``Tuning`` in ``cpp/isa_*.h``), for a call of M rows.
-
-    AVX-512 has 24 accumulators, or 12 and their totals, AVX2 8. Making bytes of 3 bits takes registers.
-    """
+def tile_rows(format: KernelFormat, tier: Tier, path: Path) -> int:
+    """The most rows of a register tile (``Tuning`` in ``cpp/isa_*.h``): AVX-512 has 24 accumulators, or 12 and their
+    totals, AVX2 8; or an AMX tile. Making bytes of 3 bits takes registers."""
     if path == "tiles":
         return 16
-    if tier in ("avx2", "avx_vnni") or (format.bits == 3 and format.rule != "a16" and path != "panel"):
-        return 4
-    return ONE_PASS_ROWS if path != "panel" and m <= ONE_PASS_ROWS else 6
+    crowded = format.bits == 3 and format.rule != "a16" and path != "panel"
+    return 4 if crowded or tier in ("avx2", "avx_vnni") else 6
 
 
 def blocking(cpu: Cpu) -> Blocking:
@@ -154,15 +149,14 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
     kind = "a16" if format.rule == "a16" else "a8"
     macs_of_dot = 32 if kind == "a16" else 64
     n, k = format.blocks(shape.n, shape.glu) * BLOCK, format.padded_k(shape.k)
-    rows = tile_rows(format, tier, path, shape.m)
+    rows = tile_rows(format, tier, path)
     passes = -(-shape.m // rows)  # of a tile over the weights
     operands = n * k / macs_of_dot  # of 64 bytes
     dots = operands * shape.m
-    segment = format.group or SEGMENT[kind]
+    spans = tier not in ("avx2", "avx_vnni") and (path == "panel" or (path == "stream" and passes > 1))
+    segment = format.group or (SPAN if spans else SEGMENT)[kind]
     folds = shape.m * n / LANES * -(-k // segment)
-    held = format.group is not None and tier not in ("avx2", "avx_vnni") and (path == "panel" or passes > 1)
-    fold_ops = HELD_FOLD_OPS if held and path != "tiles" else FOLD_OPS
-    folding = folds * fold_ops / rates.vector_ops  # behind the tile that it closes: nothing to overlap with
+    folding = folds * (HELD_FOLD_OPS if spans else FOLD_OPS) / rates.vector_ops  # behind the tile that it closes: nothing to overlap with
     unpacking = operands * UNPACK_OPS[format.bits, kind]
     if path == "tiles":
         unpacked = unpacking + 2 * LOAD_OPS * operands

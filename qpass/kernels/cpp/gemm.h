@@ -14,7 +14,7 @@ QPASS_INLINE void multiply(Sum<F> (&sums)[Rows][Vectors], const Span& span, int6
   constexpr int together = F::bits == 3 && F::code_rows > 1 ? 2 : 1;  // rows of one vector that share third bits
   const Codes<F> codes;
   const uint8_t* w = From == kPanel ? span.panel + (index - span.begin) * kPanelSegmentBytes<F> : s.codes;
-  const int chunks = F::grouped ? F::segment_chunks : s.chunks;
+  const int chunks = F::grouped && (From == kCached || From == kPanel) ? F::segment_chunks : s.chunks;
   int64_t ahead = span.ahead;
   auto row = [&](int i, int r, int half) __attribute__((always_inline)) {
     const int at = (first + i) * F::code_rows + r;
@@ -22,7 +22,7 @@ QPASS_INLINE void multiply(Sum<F> (&sums)[Rows][Vectors], const Span& span, int6
 #pragma GCC unroll 8
     for (int p = 0; p < F::planes; p++) {
       const auto v = codes.plane(row_of<F>(w, at, half), half, p);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
       for (int m = 0; m < Rows; m++)
         sums[m][i] = dot_at<F>(sums[m][i], v, x + m * stride + Codes<F>::step(r, p) * 4);
     }
@@ -33,14 +33,9 @@ QPASS_INLINE void multiply(Sum<F> (&sums)[Rows][Vectors], const Span& span, int6
   };
   for (int c = 0; c < chunks; c++, x += x_chunk) {
     if (From == kCached || From == kPanel) {
-#pragma GCC unroll 12
+#pragma GCC unroll 6
       for (int m = 0; m < Rows; m++)
         for (int line = 0; line < x_chunk; line += kRow) prefetch_l1(next + c * x_chunk + m * stride + line);
-    }
-    if (From == kStream && !F::grouped && Vectors < kVectors &&
-        c * F::chunk_bytes + span.ahead >= chunks * F::chunk_bytes) {
-      const bool last = first + Vectors == kVectors;  // behind the segment's end comes its next vectors' beginning
-      ahead = span.ahead + (last ? -first : Vectors - chunks * kVectors) * (F::chunk_bytes / kVectors);
     }
     if (From == kCached || From == kPanel)
       ahead = (int(index) * F::segment_chunks + c) % span.turns == span.turn ? span.ahead : 0;
@@ -52,7 +47,7 @@ QPASS_INLINE void multiply(Sum<F> (&sums)[Rows][Vectors], const Span& span, int6
         decltype(load_operand<F>(w)) v[Vectors];
 #pragma GCC unroll 4
         for (int i = 0; i < Vectors; i++) v[i] = load_operand<F>(w + ((first + i) * F::steps + t) * kRow);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
         for (int m = 0; m < Rows; m++) {
           const auto b = broadcast<F>(x + m * stride + t * 4);
 #pragma GCC unroll 4
@@ -79,34 +74,39 @@ QPASS_INLINE void multiply(Sum<F> (&sums)[Rows][Vectors], const Span& span, int6
 template <class F, int Rows, int Vectors, Source From>
 QPASS_INLINE void column(const Span& span, int64_t begin, int64_t end, const Prepared<F>& p, int64_t row, int first,
                          float* part) {
-  constexpr bool held = F::grouped && (From == kCached || From == kPanel) && Tuning<F>::holds_totals;
+  constexpr bool cached = From == kCached || From == kPanel, held = F::grouped && cached && Tuning<F>::holds_totals;
   Sum<F> sums[Rows][Vectors];
   F32 totals[Rows][Vectors];
   auto each = [&](auto&& act) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int i = 0; i < Vectors; i++)
-#pragma GCC unroll 12
+#pragma GCC unroll 6
       for (int m = 0; m < Rows; m++) act(m, i, part + m * kBlock + i * kLanes);
   };
+  // Zero points come first where a cache has them: a product instead of a zero to start at. Else last, as they arrive.
   auto begin_sums = [&](const Segment& s) __attribute__((always_inline)) {
+    if constexpr (F::a16 || !cached) return each([&](int m, int i, float*) { sums[m][i] = Sum<F>{}; });
     const auto* x_sums = p.sum(s.group) + row;
 #pragma GCC unroll 4
     for (int i = 0; i < Vectors; i++) {
       const auto zero = fold_zeros<F>(s.zeros, first + i);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
       for (int m = 0; m < Rows; m++) sums[m][i] = start<F>(zero, x_sums, m);
     }
   };
-  auto fold_sums = [&](const Segment& s) __attribute__((always_inline)) {
+  auto fold_sums = [&](Segment s) __attribute__((always_inline)) {
+    // Not before the products: loads that jump ahead of the stream of codes would end the hardware's prefetching of it.
+    if constexpr (!cached) __asm__ volatile("" : "+r"(s.scales), "+r"(s.zeros));
     const auto* x_sums = p.sum(s.group) + row;
     const float* x_scales = p.scale(s.group) + row;
 #pragma GCC unroll 4
     for (int i = 0; i < Vectors; i++) {
       const F32 scale = load_scales<F>(s.scales, first + i);
       const auto zero = fold_zeros<F>(s.zeros, first + i);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
       for (int m = 0; m < Rows; m++) {
         float* at = part + m * kBlock + i * kLanes;
+        if constexpr (!F::a16 && !cached) sums[m][i] = add(sums[m][i], start<F>(zero, x_sums, m));
         const F32 total = fold<F>(sums[m][i], held ? totals[m][i] : load_f32(at), scale, zero, x_sums, x_scales, m);
         if constexpr (held) totals[m][i] = total;
         else store_f32(at, total);
@@ -139,8 +139,9 @@ QPASS_INLINE void column(const Span& span, int64_t begin, int64_t end, const Pre
 // by group, what a cache holds vector by vector.
 template <class F, int Rows, Source From>
 __attribute__((noinline)) void tile(const Span& span, const Prepared<F>& p, int64_t row, float* total) {
-  constexpr int vectors = abreast<F>(Rows, From == kCached || From == kPanel);
-  if (From == kLinear || From == kStream || !Tuning<F>::holds_totals) {
+  constexpr bool cached = (From == kCached || From == kPanel) && Tuning<F>::holds_totals;
+  constexpr int vectors = abreast<F>(Rows, cached && F::grouped);
+  if (!cached) {
     for (int64_t index = span.begin; index < span.end; index++) {
       if (From == kStream || (From == kCached && span.turn == 0))
         prefetch_tail<F>(segment_of<F>(span.block, span.k, span.segments, index), span.ahead);
@@ -155,12 +156,10 @@ __attribute__((noinline)) void tile(const Span& span, const Prepared<F>& p, int6
   }
 }
 
-// Heights above 8 are even: the odd ones compute one row too many, for which there is room.
 template <class F, Source From, int Most>
 QPASS_INLINE void tile(int rows, const Span& s, const Prepared<F>& p, int64_t row, float* total) {
-  constexpr int below = Most > 8 ? Most - 2 : Most - 1;
-  if constexpr (below > 0) {
-    if (rows <= below) return tile<F, From, below>(rows, s, p, row, total);
+  if constexpr (Most > 1) {
+    if (rows < Most) return tile<F, From, Most - 1>(rows, s, p, row, total);
   }
   if constexpr (Most > 0) tile<F, Most, From>(s, p, row, total);
 }
@@ -210,9 +209,9 @@ void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64
   const Span s = {block, k, p.segments, 0, p.segments, panel, QPASS_PREFETCH_BYTES, 0, 1};
   if (rows <= T::linear_rows && rows <= tuning.linear_rows)
     return tile<F, kLinear, T::linear_rows>(int(rows), s, p, row, total);
-  if (F::unpacks && rows >= tuning.panel_rows) return walk<F, kPanel, T::tile_rows>(s, p, row, rows, total, panel);
-  if (rows <= T::stream_rows) return tile<F, kStream, T::stream_rows>(int(rows), s, p, row, total);
-  walk<F, kCached, T::cached_rows>(s, p, row, rows, total, panel);
+  if (F::unpacks && rows >= tuning.panel_rows) return walk<F, kPanel, T::panel_tile_rows>(s, p, row, rows, total, panel);
+  if (rows <= T::tile_rows) return tile<F, kStream, T::tile_rows>(int(rows), s, p, row, total);
+  walk<F, kCached, T::tile_rows>(s, p, row, rows, total, panel);
 }
 
 }  // namespace qpass

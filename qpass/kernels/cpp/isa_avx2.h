@@ -10,7 +10,7 @@ constexpr int abreast(int rows, bool) { return rows == 1 ? 4 : rows == 2 ? 2 : 1
 template <class F>
 struct Tuning {
   static constexpr bool holds_totals = false;
-  static constexpr int stream_rows = 4, cached_rows = 4, tile_rows = 4;  // 8 sums leave 8 of the 16 registers
+  static constexpr int panel_tile_rows = 4, tile_rows = 4;  // 8 sums leave 8 of the 16 registers for operands
   static constexpr int linear_rows = 1;
 };
 

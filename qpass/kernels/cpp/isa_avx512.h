@@ -6,22 +6,20 @@ namespace qpass {
 
 using Operand = I32;
 
-// Vectors of a tile of `rows` rows, all of whose 24 sums, or 12 sums and their totals, are in registers: that leaves 8
-// of 32 for operands and lookup tables.
+// Vectors of a tile whose 24 sums, or 12 sums and their totals, are in registers: that leaves 8 of 32 for operands and
+// lookup tables.
 template <class F>
-constexpr int abreast(int rows, bool held) { return rows <= 6 && !(held && F::grouped) ? 4 : 2; }
+constexpr int abreast(int, bool held) { return held ? 2 : 4; }
 
 // Measured on Zen 4.
 template <class F>
 struct Tuning {
   static constexpr bool holds_totals = true;
-  // Rows of a tile that reads the weights from memory, all of the call's; of several that find them in a cache. Making
-  // bytes of 3 bits takes registers.
-  static constexpr bool crowded = F::bits == 3 && !F::a16;
-  static constexpr int stream_rows = crowded ? 4 : 12, cached_rows = crowded ? 4 : 6, tile_rows = 6;
+  // Making bytes of 3 bits takes registers.
+  static constexpr int panel_tile_rows = 6, tile_rows = F::bits == 3 && !F::a16 ? 4 : 6;
   // Up to here the weights are read in the order they lie in, which the hardware prefetches best by itself (31 GB/s a
   // thread against 22). More rows, and bf16 with its longer latency, need several sums in flight: four vectors abreast.
-  static constexpr int linear_rows = F::a16 ? 0 : F::bits == 8 ? 6 : 4;
+  static constexpr int linear_rows = F::a16 ? 0 : F::bits == 8 ? 6 : 2;
 };
 
 // a * b where the lanes of a and b fit 16 bits and a's upper halves are zero.

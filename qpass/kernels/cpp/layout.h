@@ -38,7 +38,7 @@ struct Format {
   static constexpr int panel_chunk_bytes = kVectors * steps * kRow;
   static constexpr int element = a16 ? 2 : 1;  // bytes of a prepared activation
   // Inputs that are multiplied before accumulators go back to memory: a group, or a piece of K that fits the L1 cache.
-  static constexpr int segment = grouped ? Group : (a16 ? 512 : 1024);
+  static constexpr int segment = grouped ? Group : (a16 ? 128 : 256);
   static constexpr int segment_chunks = segment / chunk;
   static constexpr bool unpacks = a16 || Bits != 8;  // 8-bit codes are what vpdpbusd takes
 
