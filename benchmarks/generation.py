@@ -30,6 +30,7 @@ from qpass.frontends.hf import Loaded, load
 from qpass.measure import latency, memory, record
 from qpass.measure.bandwidth import measure_bandwidth_gbps
 from qpass.runtime.decoder import Decoder
+from qpass.runtime.speculate import Speculator
 
 STOCK = "inductor"
 
@@ -50,7 +51,7 @@ def bytes_a_token(loaded: Loaded, decoder: Decoder, variant: str) -> int:
     if variant == STOCK:
         seen = {id(m.weight): m.weight for m in loaded.model.modules() if isinstance(m, torch.nn.Linear)}
         return sum(w.numel() * w.element_size() for w in seen.values())
-    return qpass.explain(decoder.token_step).bytes_after
+    return qpass.explain(decoder.likely_step).bytes_after
 
 
 def speed(args: argparse.Namespace) -> list[record.Record]:
@@ -61,7 +62,7 @@ def speed(args: argparse.Namespace) -> list[record.Record]:
     for variant in args.schemes:
         decoder = Decoder(loaded.model, compiled(variant, release=False))
         seconds = decoder.warm_up()
-        runs[variant] = partial(decoder.generate, ids, max_new_tokens=args.new, eos_token_id=())
+        runs[variant] = partial(Speculator(decoder).generate, ids, max_new_tokens=args.new, eos_token_id=())
         limits[variant] = bytes_a_token(loaded, decoder, variant) / bandwidth / 1e6
         print(f"{variant}: compiled in {seconds:.1f} s, at least {limits[variant]:.1f} ms a token", file=sys.stderr)
     settings = {
@@ -83,7 +84,7 @@ def once(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     decoder.warm_up()
     seconds = time.perf_counter() - started
-    decoder.generate(ids, max_new_tokens=4, eos_token_id=())
+    Speculator(decoder).generate(ids, max_new_tokens=4, eos_token_id=())
     result = {
         "compile_s": seconds,
         "loaded_mb": before / 1e6,

@@ -2,6 +2,7 @@
 
 torch.compile(model, backend="qpass")       any model; int8 weights by default
 qpass.compile(model, scheme="w4a16-g128")   the same with names
+qpass.speculate(model, draft)               the same text in fewer steps: a draft proposes, one forward checks
 qpass.explain(model)                        what became of each linear
 """
 
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qpass.frontends.api import compile
     from qpass.frontends.explain import explain
+    from qpass.frontends.speculation import speculate
     from qpass.scheme import SCHEMES, Format, Scheme
 
 __version__ = "0.1.0"
@@ -19,12 +21,13 @@ __version__ = "0.1.0"
 _PLACES = {
     "compile": "qpass.frontends.api",
     "explain": "qpass.frontends.explain",
+    "speculate": "qpass.frontends.speculation",
     "Scheme": "qpass.scheme",
     "Format": "qpass.scheme",
     "SCHEMES": "qpass.scheme",
 }
 
-__all__ = ["SCHEMES", "Format", "Scheme", "compile", "explain"]
+__all__ = ["SCHEMES", "Format", "Scheme", "compile", "explain", "speculate"]
 
 
 def __getattr__(name: str) -> Any:

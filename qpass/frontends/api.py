@@ -64,6 +64,11 @@ def compile(
     return _compile_any(model, options=options, arguments=arguments)
 
 
+def compile_with(model: Any, *, options: Options, **arguments: Any) -> Any:
+    """:func:`compile` with options that were read before, those of another compiled model for instance."""
+    return _compile_any(model, options=options, arguments=arguments)
+
+
 def _compile_any(model: Any, *, options: Options, arguments: dict[str, Any]) -> Any:
     if isinstance(model, type) and issubclass(model, nn.Module):
         return _compile_class(model, options, arguments)

@@ -98,6 +98,24 @@ def run(
         bool, typer.Option("--keep-weights", help="Keep the full-precision weights in memory.")
     ] = False,
     kv: KV = None,
+    draft: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Guess ahead and check: a smaller model, ngram, layers:N (the model's own first N), or several with "
+            "commas, the first that has a guess.",
+            show_default=False,
+        ),
+    ] = None,
+    k: Annotated[str, typer.Option("--k", help="Tokens that the draft guesses a step: a number, or auto.")] = "auto",
+    draft_scheme: Annotated[str, typer.Option(help="The scheme of a draft model.")] = "w8a8-dynamic",
+    draft_vocabulary: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Let a draft model guess only its first, most frequent tokens.", show_default=False),
+    ] = None,
+    trace: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Write a page (.html) that shows who proposed each token.", show_default=False),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Generate text: it streams to stdout; times and memory follow on stderr."""
@@ -118,6 +136,11 @@ def run(
             chat=chat,
             keep_weights=keep_weights,
             kv=kv,
+            draft=draft,
+            draft_scheme=draft_scheme,
+            draft_vocabulary=draft_vocabulary,
+            k=int(k) if k.isdigit() else k,
+            trace=trace,
         )
 
 

@@ -70,6 +70,10 @@ class Explanation:
                     console.print(line, soft_wrap=True, markup=False)
         return capture.get()
 
+    def promise(self) -> str:
+        """Whether a token's result depends on the tokens computed with it, which is what exact speculation rests on."""
+        return _rows_promise(self.records) if self.records else "no linear is quantized"
+
     def footnotes(self) -> Iterator[str]:
         """Refusals, what was left as it is, and what the graphs cost."""
         for record, count in _rows(self.records, full=False):

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from qpass.algorithms.rtn import rtn
 from qpass.assignment import Assignment
 from qpass.cpu import detect
-from qpass.errors import QpassError, UnsupportedError
+from qpass.errors import CheckpointError, QpassError, UnsupportedError
 from qpass.frontends.hf import locate
 from qpass.lowering.site import Site
 from qpass.lowering.store import WeightStore
@@ -24,14 +24,11 @@ from qpass.passes.runner import run
 def sites_of(source: str, scheme: Any, exclude: Sequence[str] = ()) -> list[Site]:
     """Every quantized linear of the model named ``source``, merged as its graphs have it, in graph order.
 
-    Raises OptionError and SchemeError for what was asked, UnsupportedError for a model that can't be traced.
+    Raises OptionError and SchemeError for what was asked, CheckpointError for a config that can't be read,
+    UnsupportedError for a model that can't be traced.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    name, extra = locate(source)
     assignment = Assignment.make(scheme, exclude)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **extra), dtype=torch.bfloat16).eval()
+    model = _weightless(source)
     found: list[Site] = []
 
     def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -72,6 +69,24 @@ def sites_of(source: str, scheme: Any, exclude: Sequence[str] = ()) -> list[Site
         own = getattr(error, "inner_exception", error)  # Dynamo wraps what a backend raises
         if isinstance(own, QpassError):
             raise own from error
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnsupportedError(f"{source} could not be traced without its weights: {first}") from error
+        raise UnsupportedError(f"{source} could not be traced without its weights: {_first_line(error)}") from error
     return found
+
+
+def _weightless(source: str) -> nn.Module:
+    """The model that a config describes, on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name, extra = locate(source)
+    try:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(name, **extra)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    except Exception as error:  # a foreign file can make its reader fail in any way
+        raise CheckpointError(
+            f"{source} has no config of a causal language model that could be read: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from qpass.cpu import Cpu
+from qpass.errors import KernelError
 from qpass.lowering import Lowering
 from qpass.lowering.generated import Generated
 from qpass.lowering.site import Site
@@ -24,6 +25,9 @@ LOSES = 1.10
 
 PROMPT = 128
 """Tokens of a graph whose number of tokens varies: where it matters most, a prompt's."""
+
+FEW = 64
+"""A number of tokens that varies up to this many is a verification's, which must run what the token step runs: 1 a row."""
 
 DISTURBED = 3.0
 """Times the model's prediction, which is within a quarter on a quiet machine."""
@@ -60,12 +64,16 @@ _timings: dict[tuple, Timing] = {}  # sites alike are timed once a process
 
 
 def tokens_of(x: object) -> int:
-    """M of a site whose input has the (fake) value ``x``: its leading dimensions' product, or :data:`PROMPT` if one varies."""
+    """M of a site whose input has the (fake) value ``x``: its leading dimensions' product; see PROMPT and FEW if one varies."""
     if not isinstance(x, Tensor):
         return PROMPT
-    if any(isinstance(size, torch.SymInt) for size in x.shape[:-1]):
-        return PROMPT
-    return max(1, x.shape[:-1].numel())
+    tokens = 1
+    for size in x.shape[:-1]:
+        if not isinstance(size, torch.SymInt):
+            tokens *= size
+        elif size.node.shape_env.bound_sympy(size.node.expr).upper > FEW:
+            return PROMPT
+    return max(1, tokens)
 
 
 def time_site(
@@ -81,13 +89,23 @@ def time_site(
             weights = [ref.read() for ref in refs]
             calls.append(lambda x: [torch.nn.functional.linear(x, weight) for weight in weights])
         x = torch.randn(m, site.k, generator=torch.Generator().manual_seed(0)).to(site.dtype)
-        predicted = lowering.predict_ms(site, m, packed, cpu) if isinstance(lowering, Generated) else None
+        predicted = _predicted_ms(site, m, lowering, packed, cpu)
         for _ in range(_TRIES):
             quantized, *dense = _interleaved(calls, x, cpu)
             _timings[key] = Timing(m, quantized, dense[0] if dense else None, predicted)
             if not _timings[key].disturbed:
                 break
     return _timings[key]
+
+
+def _predicted_ms(site: Site, m: int, lowering: Lowering, packed: tuple[Tensor, ...], cpu: Cpu) -> float | None:
+    """The performance model's word; None for kernels that aren't ours, and where the machine's rates can't be measured."""
+    if not isinstance(lowering, Generated):
+        return None
+    try:
+        return lowering.predict_ms(site, m, packed, cpu)
+    except KernelError:  # the clock alone decides then
+        return None
 
 
 def _program(site: Site, lowering: Lowering, packed: tuple[Tensor, ...]) -> fx.GraphModule:

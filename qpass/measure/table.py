@@ -1,6 +1,6 @@
-"""The README's results table, made from Records so that it can't drift from what was measured.
+"""The README's result tables, made from Records so that they can't drift from what was measured.
 
-python -m qpass.measure.table RESULTS README.md     RESULTS: a folder of .jsonl files; rewrites the marked part
+python -m qpass.measure.table RESULTS README.md     RESULTS: a folder of .jsonl files; rewrites the marked parts
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 
 from qpass.measure.record import Record, read
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+RESULTS, LINEAR = "results", "linear"
+"""The marked parts: generation with whole models; one linear layer."""
 
 COLUMNS = {
     "ttft": "TTFT ms",
@@ -22,6 +23,18 @@ COLUMNS = {
     "compile_warm": "warm",
 }
 
+LINEAR_COLUMNS = {
+    "w4a8-g128": "`w4a8-g128`",
+    "w8a8-dynamic": "`w8a8-dynamic`",
+    "w4a16-g128": "`w4a16-g128`",
+    "w8a16": "`w8a16`",
+    "bf16-onednn": "bf16, oneDNN",
+    "int8-onednn": "int8, oneDNN",
+    "int4pack-g128": "ATen int4",
+    "int8pack": "ATen int8",
+}
+LINEAR_SHAPE = 8960, 1536  # N, K: the up projection of a 1.5B model
+LINEAR_TOKENS = 1, 4, 8, 16, 128, 512
 
 Key = tuple[tuple[str, int], str, str]
 """(model, prompt's tokens), variant, what. Memory and compile time know no prompt: they go with the shortest."""
@@ -83,18 +96,49 @@ def _cell(record: Record | None, baseline: Record | None, what: str) -> str:
     return text
 
 
-def insert(readme: str, table: str) -> str:
-    """The README's text with the marked part replaced. Raises ValueError where the marks are missing."""
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.S)
+def linear_markdown(records: Iterable[Record]) -> str:
+    """A row for each number of tokens: median milliseconds of one linear layer; the last record of each key."""
+    n, k = LINEAR_SHAPE
+    found = {(r.settings["m"], r.settings["name"]): r for r in records if r.what == "linear" and _shape(r) == (n, k)}
+    chosen = {key: r for key, r in found.items() if key[0] in LINEAR_TOKENS and key[1] in LINEAR_COLUMNS}
+    if not chosen:
+        raise ValueError(f"no record of a linear layer from {k} to {n}")
+    one, turns = next(iter(chosen.values())), sorted({r.n for r in chosen.values()})
+    parts = [
+        f"In milliseconds, {k} inputs to {n} outputs, {one.machine.cpu} ({one.machine.tier}), {one.machine.cores} threads, "
+        f"torch {one.machine.torch}, commit {one.commit}, medians of {turns[0]} to {turns[-1]} turns:\n",
+        "| tokens | " + " | ".join(LINEAR_COLUMNS.values()) + " |",
+        "|---:|" + "---:|" * len(LINEAR_COLUMNS),
+    ]
+    for m in LINEAR_TOKENS:
+        row = (chosen.get((m, name)) for name in LINEAR_COLUMNS)
+        parts.append(f"| {m} | " + " | ".join("-" if r is None else _three_digits(r.value) for r in row) + " |")
+    return "\n".join(parts)
+
+
+def _shape(record: Record) -> tuple[int, int]:
+    return record.settings["n"], record.settings["k"]
+
+
+def _three_digits(ms: float) -> str:
+    return f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"
+
+
+def insert(readme: str, table: str, part: str = RESULTS) -> str:
+    """The README's text with one marked part replaced. Raises ValueError where its marks are missing."""
+    begin, end = f"<!-- {part}: begin -->", f"<!-- {part}: end -->"
+    pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.S)
     if not pattern.search(readme):
-        raise ValueError(f"no {BEGIN} ... {END}")
-    return pattern.sub(lambda _: f"{BEGIN}\n{table}\n{END}", readme)
+        raise ValueError(f"no {begin} ... {end}")
+    return pattern.sub(lambda _: f"{begin}\n{table}\n{end}", readme)
 
 
-def from_folder(folder: Path) -> str:
-    return markdown(record for path in sorted(folder.glob("*.jsonl")) for record in read(path))
+def updated(readme: str, folder: Path) -> str:
+    """The README's text with every marked part made anew from the ``.jsonl`` files of a folder."""
+    records = [record for path in sorted(folder.glob("*.jsonl")) for record in read(path)]
+    return insert(insert(readme, markdown(records)), linear_markdown(records), LINEAR)
 
 
 if __name__ == "__main__":
     results, readme = map(Path, sys.argv[1:3])
-    readme.write_text(insert(readme.read_text(), from_folder(results)))
+    readme.write_text(updated(readme.read_text(), results))

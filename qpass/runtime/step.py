@@ -34,7 +34,7 @@ def make_prompt(model: nn.Module) -> Callable[[Tensor, Tensor, Tensors, Tensors]
         slots = _slots(position, input_ids)
         return run(input_ids, slots, pad, PromptView(keys, values, position, slots), input_ids.shape[1])
 
-    return _own_code(prompt)
+    return own_code(prompt)
 
 
 def make_step(model: nn.Module, *, last_only: bool) -> Callable[[Tensor, Tensor, Tensor, Tensors, Tensors], Tensor]:
@@ -45,7 +45,7 @@ def make_step(model: nn.Module, *, last_only: bool) -> Callable[[Tensor, Tensor,
         slots = _slots(position, input_ids)
         return run(input_ids, slots, pad, CacheView(keys, values, position, slots), keys[0].shape[0])
 
-    return _own_code(step)
+    return own_code(step)
 
 
 def _slots(position: Tensor, input_ids: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def _forward(model: Any, *, last_only: bool) -> Callable[[Tensor, Tensor, Tensor
     return run
 
 
-def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function with a code object of its own, asking ``qpass.compile`` for few guards.
 
     Dynamo keeps its compiled entries, and their limit, on the code object; closures made by one ``def`` share it, so
@@ -101,7 +101,8 @@ def argument_guards(entries: Sequence[Any]) -> list[bool]:
 
     def keep(entry: Any) -> bool:
         argument = entry.guard_type == "TENSOR_MATCH" and not isinstance(entry.value, nn.Parameter)
-        return entry.guard_type in ("GLOBAL_STATE", "SHAPE_ENV") or (argument and not entry.is_global)
+        kinds = ("GLOBAL_STATE", "SHAPE_ENV", "DUPLICATE_INPUT")  # the last: two arguments that are one tensor
+        return entry.guard_type in kinds or (argument and not entry.is_global)
 
     return [keep(entry) for entry in entries]
 

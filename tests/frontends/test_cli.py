@@ -101,6 +101,22 @@ def test_explain_prints_the_table(checkpoint):
         assert word in out.stdout
 
 
+@pytest.mark.parametrize("arguments", [("run", "-p", "hi", "--max-new-tokens", 2), ("explain",)], ids=lambda a: a[0])
+def test_attention_that_is_not_native_is_told(checkpoint, monkeypatch, arguments):
+    from qpass.errors import KernelError
+    from qpass.kernels import attention_unit
+
+    def refuse(*args, **kwargs):
+        raise KernelError("the attention kernel needs AVX2; this CPU is a Pentium")
+
+    command, *options = arguments
+    assert "attention" not in _qpass(command, checkpoint, *options).stderr
+    monkeypatch.setattr(attention_unit, "ensure", refuse)
+    out = _qpass(command, checkpoint, *options)
+    assert out.exit_code == 0, out.output
+    assert "attention runs as plain torch, slowly: the attention kernel needs AVX2; this CPU is a Pentium" in out.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -61,6 +61,15 @@ def test_a_cache_that_others_may_write_fails(tmp_path):
     assert "chmod 700" in _row("cache folder").advice
 
 
+def test_attention_is_native_or_the_reason_is_told(monkeypatch):
+    tier = qpass.cpu.detect().tier
+    if tier != "none":
+        assert (_row("attention").level, _row("attention").value) == ("ok", f"native {tier}")
+    _cpu(monkeypatch, isa=frozenset(), cap=None, name="Pentium")
+    assert (_row("attention").level, _row("attention").value) == ("warn", "plain torch, slow")
+    assert _row("attention").advice == "the attention kernel needs AVX2; this CPU is Pentium with tier none"
+
+
 def test_little_bandwidth_is_told(monkeypatch):
     monkeypatch.setattr(bandwidth, "measure_bandwidth_gbps", lambda: 2.0)
     assert _row("read bandwidth").level == "warn"

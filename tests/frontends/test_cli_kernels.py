@@ -44,6 +44,8 @@ def test_profile_adds_up_and_draws(checkpoint, tmp_path):
     [
         (("kernels", "--tokens", 0), "--tokens 0"),
         (("kernels", "--scheme", "w5a16"), "w5a16"),
+        (("kernels", "--exclude", "no.such.*"), "'no.such.*' matches none of the linear layers: lm_head"),
+        (("profile", "--exclude", "no.such.*"), "'no.such.*' matches none of the linear layers: lm_head"),
         (("profile", "--context", 10**7), "context"),
         (("profile", "-o", "step.txt"), ".png, .svg and .pdf"),
     ],
@@ -61,6 +63,28 @@ def test_a_model_that_is_not_there():
         out = _qpass(command, "/no/such/folder")
         assert out.exit_code == 2
         assert "does not exist" in out.stderr
+
+
+BROKEN_CONFIGS = {
+    "no JSON": "{",
+    "not an object": "[1, 2]",
+    "no architecture": "{}",
+    "an unknown one": '{"model_type": "no_such_model"}',
+    "not a language model": '{"model_type": "vit"}',
+    "senseless sizes": '{"model_type": "llama", "hidden_size": "wide"}',
+    "sizes that don't fit": '{"model_type": "llama", "hidden_size": 10, "num_attention_heads": 0}',
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", BROKEN_CONFIGS)
+def test_a_broken_config_is_one_sentence(tmp_path, name):
+    (tmp_path / "config.json").write_text(BROKEN_CONFIGS[name])
+    out = _qpass("kernels", tmp_path)
+    assert out.exit_code == 2, out.output
+    assert f"error: {tmp_path} " in out.stderr
+    assert len(out.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in out.output
 
 
 def test_an_int8_cache_answers_too(checkpoint):

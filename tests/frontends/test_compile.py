@@ -200,6 +200,28 @@ class TestRelease:
             net.embed(ids)
         assert torch.allclose(fast(ids[:3]), first[:3], atol=1e-5)  # another length is another graph
 
+    @pytest.mark.skipif(detect().tier not in SERVED, reason="needs AVX2")
+    def test_an_embedding_without_its_head_needs_the_released_table(self) -> None:
+        """A graph of the embedding alone keeps the plain table, which is gone; the head's graph goes on."""
+        net, ids = self.Tied().eval(), torch.arange(5)
+        fast = qpass.compile(net, release_weights=True, fullgraph=True)
+        first = fast(ids)
+        headless = qpass.compile(lambda ids: net.mix(net.embed(ids)), fullgraph=True)
+        with pytest.raises(ReleasedWeightError, match=r"lm_head\.weight: its full-precision data was released"):
+            headless(ids)
+        assert torch.equal(fast(ids), first)
+
+    @pytest.mark.skipif(detect().tier not in SERVED, reason="needs AVX2")
+    def test_the_rows_line_of_a_tied_model(self) -> None:
+        """Rows of a shared table are copied: they don't take the promise of the linears away."""
+        net, ids = self.Tied().eval(), torch.arange(5)
+        fast = qpass.compile(net, scheme="w8a8-dynamic", fullgraph=True)
+        fast(ids)
+        explanation = qpass.explain(fast)
+        assert "shares the table of lm_head" in str(explanation)
+        (line,) = (line for line in str(explanation).splitlines() if line.startswith("rows:"))
+        assert line == "rows: every linear gives a token the same bits, however many are computed at once"
+
     def test_tied_embedding_stays_where_it_is_read(self) -> None:
         """A head of four bits shares no table with its embedding."""
         net, ids = self.Tied().eval(), torch.arange(5)

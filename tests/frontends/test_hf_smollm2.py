@@ -7,6 +7,7 @@ from qpass.errors import QpassError
 from qpass.frontends import hf
 from qpass.frontends.demo_model import demo_model_path
 from qpass.runtime.decoder import Decoder
+from qpass.runtime.speculate import Speculator
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def test_it_answers_a_question(smollm2):
     ids = smollm2.tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).input_ids
-    out = Decoder(smollm2.model).generate(ids, max_new_tokens=12)
+    out = Speculator(Decoder(smollm2.model)).generate(ids, max_new_tokens=12)
     assert "Paris" in smollm2.tokenizer.decode(out.new_tokens[0])
 
 
@@ -32,5 +33,5 @@ def test_greedy_equals_generate_on_real_weights(smollm2):
     ids = smollm2.tokenizer("The three primary colours are", return_tensors="pt").input_ids
     with torch.no_grad():
         wanted = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16)
-    out = Decoder(model).generate(ids, max_new_tokens=16)
+    out = Speculator(Decoder(model)).generate(ids, max_new_tokens=16)
     assert torch.equal(out.sequences, wanted[:, : out.sequences.shape[1]])

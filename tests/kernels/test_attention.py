@@ -10,16 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from qpass.cpu import detect
+from qpass.cpu import TIERS, Tier, detect
 from qpass.errors import KernelError
 from qpass.kernels import attention_unit
 from qpass.ops.attention import _attention, from_int8, to_int8
 from tests.support.tolerance import sqnr_db
 
 CPU = detect()
-UNITS = [("avx2", True), ("avx512_vnni", False), (CPU.tier, True)]  # the last is the one that this machine uses
-UNITS = [unit for unit in dict.fromkeys(UNITS) if unit[0] in ("avx2", "avx512_vnni", "amx")]
-UNITS = [unit for unit in UNITS if CPU.tier in ("avx512_vnni", "amx") or unit[0] == CPU.tier]
+# Every tier that this machine runs, each with all that the CPU has beyond it; avx_vnni and amx add no instruction that
+# attention uses, so their units run wherever those of avx2 and of AVX-512 BF16 do. "False": bf16 without vdpbf16ps.
+RUNS_ON: dict[Tier, Tier] = {"avx_vnni": "avx2", "amx": "avx512_vnni"}
+UNITS = [(tier, True) for tier in TIERS[1:] if CPU.runs(RUNS_ON.get(tier, tier))]
+UNITS = [unit for unit in UNITS if unit[0] != "amx" or "avx512_bf16" in CPU.isa]
+UNITS += [("avx512_vnni", False)] if "avx512_bf16" in CPU.isa and CPU.runs("avx512_vnni") else []
 
 pytestmark = pytest.mark.skipif(not UNITS, reason="needs AVX2")
 

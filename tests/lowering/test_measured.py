@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import qpass
+from qpass.errors import KernelError
 from qpass.lowering import measured
 from qpass.lowering.measured import Timing
 
@@ -70,6 +71,23 @@ def test_who_insists_gets_it(block: Block, monkeypatch: pytest.MonkeyPatch, insi
     fast = qpass.compile(block, scheme="w4a16-g64", fullgraph=True, **insists)
     fast(torch.randn(3, WIDE).to(torch.bfloat16))
     assert "inductor" not in {record.lowering for record in qpass.explain(fast).records}
+
+
+def test_a_machine_whose_rates_cannot_be_measured_still_compiles(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that can't be written holds the model's kernels and not the unit of the rates: the clock alone decides."""
+
+    def refuse(*args: object) -> float:
+        raise KernelError("the kernel cache can't be written")
+
+    for ms, scheme in ((1.0, "w4a16-g64"), (3.0, "w16a16")):
+        claim(monkeypatch, ms=ms, dense_ms=2.0)
+        monkeypatch.setattr(type(qpass.lowering.by_name("generated")), "predict_ms", refuse)
+        fast = qpass.compile(block, scheme="w4a16-g64", fullgraph=True)
+        fast(torch.randn(3, WIDE).to(torch.bfloat16))
+        records = qpass.explain(fast).records
+        assert {record.scheme for record in records} == {scheme}
+        assert all(record.predicted_ms is None for record in records)
+        torch._dynamo.reset()
 
 
 def test_noise_decides_nothing() -> None:

@@ -1,4 +1,4 @@
-"""The README's table is what the Records say."""
+"""The README's tables are what the Records say."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def record(what: str, variant: str, value: float, **more: object) -> Record:
 
 def test_readme_is_up_to_date() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert table.insert(readme, table.from_folder(ROOT / "benchmarks" / "results")) == readme
+    assert table.updated(readme, ROOT / "benchmarks" / "results") == readme
 
 
 def test_ratios_shares_and_the_latest() -> None:
@@ -47,6 +47,26 @@ def test_a_table_for_each_prompt() -> None:
     assert "| `w8a16` | 40 |" in text
 
 
+def linear(name: str, m: int, ms: float, n: int = 8960) -> Record:
+    return replace(record("linear", "", ms), settings={"name": name, "n": n, "k": 1536, "m": m})
+
+
+def test_linear_layers() -> None:
+    """The last record of a scheme and M; other shapes, M and ways of walking a call have no place."""
+    other = replace(linear("w8a16", 1, 7.0), what="linear-path")
+    strangers = [other, linear("w8a16", 1, 8.0, n=1536), linear("w8a16", 3, 8.0), linear("bf16", 1, 8.0)]
+    text = table.linear_markdown(
+        [linear("w8a16", 1, 9.0), linear("w8a16", 1, 0.456), linear("int8pack", 512, 110.8), *strangers]
+    )
+    assert "| 1 | - | - | - | 0.46 | - | - | - | - |" in text
+    assert "| 512 | - | - | - | - | - | - | - | 111 |" in text
+    assert "| 3 |" not in text
+    assert "medians of 3 to 3 turns" in text
+    with pytest.raises(ValueError, match="no record of a linear layer from 1536 to 8960"):
+        table.linear_markdown([other])
+
+
 def test_marks_are_needed() -> None:
-    with pytest.raises(ValueError, match="results: begin"):
-        table.insert("no marks", "table")
+    for part in (table.RESULTS, table.LINEAR):
+        with pytest.raises(ValueError, match=f"{part}: begin"):
+            table.insert("no marks", "table", part)

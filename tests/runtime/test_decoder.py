@@ -1,5 +1,7 @@
 """Generation against transformers' own, token for token; graphs counted; ends and edges."""
 
+from functools import partial
+
 import pytest
 import tiny_decoders
 import torch
@@ -7,6 +9,7 @@ import torch
 from qpass.errors import OptionError
 from qpass.runtime.decoder import LENGTH_STEP, Decoder, left_padding
 from qpass.runtime.sampling import Sampling
+from qpass.runtime.speculate import Speculator
 
 NEW = 24
 
@@ -19,7 +22,7 @@ def _reference(model, ids, new=NEW, mask=None):
 @pytest.mark.parametrize("name", tiny_decoders.CONFIGS)
 def test_greedy_equals_generate(name):
     model = tiny_decoders.build(name)
-    decoder = Decoder(model)
+    decoder = Speculator(Decoder(model))
     for length in (1, 2, 9):
         ids = tiny_decoders.prompt(length, seed=length)
         out = decoder.generate(ids, max_new_tokens=NEW)
@@ -31,7 +34,7 @@ def test_greedy_equals_generate(name):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt", "falcon-rotary"])
 def test_left_padded_rows_equal_themselves_alone(name):
     model = tiny_decoders.build(name)
-    decoder = Decoder(model)
+    decoder = Speculator(Decoder(model))
     rows = [tiny_decoders.prompt(n, seed=n) for n in (3, 12, 7, 1)]
     longest = max(row.shape[1] for row in rows)
     ids = torch.cat([torch.nn.functional.pad(row, (longest - row.shape[1], 0)) for row in rows])
@@ -44,9 +47,9 @@ def test_left_padded_rows_equal_themselves_alone(name):
 def test_graphs_stay_two_over_prompt_lengths_and_cache_lengths():
     torch._dynamo.reset()
     model = tiny_decoders.build("qwen2")
-    decoder = Decoder(model, lambda f: torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=False))
-    decoder.warm_up()
-    assert decoder.graphs == 2
+    decoder = Speculator(Decoder(model, lambda f: torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=False)))
+    decoder.decoder.warm_up()
+    assert decoder.decoder.graphs == 2
     for length in (1, 2, 5, 8, LENGTH_STEP - 1, LENGTH_STEP, LENGTH_STEP + 1, 130):
         ids = tiny_decoders.prompt(length, seed=length)
         out = decoder.generate(ids, max_new_tokens=NEW)
@@ -62,12 +65,12 @@ def test_every_family_is_two_graphs(name):
     """Whole, for any length: no graph break, no length that the graph was made for."""
     torch._dynamo.reset()
     model = tiny_decoders.build(name)
-    decoder = Decoder(model, lambda f: torch.compile(f, backend="eager", fullgraph=True, dynamic=False))
-    decoder.warm_up()
+    decoder = Speculator(Decoder(model, lambda f: torch.compile(f, backend="eager", fullgraph=True, dynamic=False)))
+    decoder.decoder.warm_up()
     for length in (2, 9, LENGTH_STEP + 1):
         ids = tiny_decoders.prompt(length, seed=length)
         assert torch.equal(decoder.generate(ids, max_new_tokens=4).sequences, _reference(model, ids, 4))
-    assert decoder.graphs == 2
+    assert decoder.decoder.graphs == 2
 
 
 def test_two_decoders_do_not_share_a_recompile_limit():
@@ -77,7 +80,9 @@ def test_two_decoders_do_not_share_a_recompile_limit():
     wanted = _reference(model, ids, 2)
     with torch._dynamo.config.patch(recompile_limit=1):
         for _ in range(3):
-            decoder = Decoder(model, lambda f: torch.compile(f, backend="eager", fullgraph=True, dynamic=False))
+            decoder = Speculator(
+                Decoder(model, lambda f: torch.compile(f, backend="eager", fullgraph=True, dynamic=False))
+            )
             assert torch.equal(decoder.generate(ids, max_new_tokens=2).sequences, wanted)
 
 
@@ -85,9 +90,9 @@ def test_two_decoders_do_not_share_a_recompile_limit():
 def test_inductor_gives_the_same_tokens(name):
     torch._dynamo.reset()
     model = tiny_decoders.build(name)
-    decoder = Decoder(model, lambda f: torch.compile(f, backend="inductor", fullgraph=True, dynamic=False))
-    seconds = decoder.warm_up()
-    assert 0 < decoder.compile_seconds <= seconds
+    decoder = Speculator(Decoder(model, lambda f: torch.compile(f, backend="inductor", fullgraph=True, dynamic=False)))
+    seconds = decoder.decoder.warm_up()
+    assert 0 < decoder.decoder.compile_seconds <= seconds
     for length in (2, 65):
         ids = tiny_decoders.prompt(length, seed=length)
         assert torch.equal(decoder.generate(ids, max_new_tokens=NEW).sequences, _reference(model, ids))
@@ -97,16 +102,15 @@ def test_int8_keys_and_values_through_inductor():
     """The compiled steps compute what the eager ones do, in two graphs."""
     torch._dynamo.reset()
     model = tiny_decoders.build("gemma3")
-    eager = Decoder(model, kv_dtype="int8")
-    decoder = Decoder(
-        model, lambda f: torch.compile(f, backend="inductor", fullgraph=True, dynamic=False), kv_dtype="int8"
-    )
-    decoder.warm_up()
+    eager = Speculator(Decoder(model, kv_dtype="int8"))
+    compile = partial(torch.compile, backend="inductor", fullgraph=True, dynamic=False)
+    decoder = Speculator(Decoder(model, compile, kv_dtype="int8"))
+    decoder.decoder.warm_up()
     for length in (2, 65):
         ids = tiny_decoders.prompt(length, seed=length)
         wanted = eager.generate(ids, max_new_tokens=NEW).sequences
         assert torch.equal(decoder.generate(ids, max_new_tokens=NEW).sequences, wanted)
-    assert decoder.graphs == 2
+    assert decoder.decoder.graphs == 2
 
 
 def test_a_cache_of_another_type_is_refused():
@@ -116,7 +120,7 @@ def test_a_cache_of_another_type_is_refused():
 
 def test_eos_ends_a_row_and_pads_it():
     model = tiny_decoders.build("llama")
-    decoder = Decoder(model)
+    decoder = Speculator(Decoder(model))
     ids = tiny_decoders.prompt(5, batch=2)
     free = decoder.generate(ids, max_new_tokens=8).new_tokens
     place = next(i for i in range(1, 8) if free[0][i] not in free[0][:i] and free[0][i] not in free[1][: i + 1])
@@ -127,7 +131,7 @@ def test_eos_ends_a_row_and_pads_it():
 
 
 def test_eos_at_the_first_token():
-    decoder = Decoder(tiny_decoders.build("llama"))
+    decoder = Speculator(Decoder(tiny_decoders.build("llama")))
     ids = tiny_decoders.prompt(5)
     first = decoder.generate(ids, max_new_tokens=1).new_tokens[0][0]
     out = decoder.generate(ids, max_new_tokens=8, eos_token_id=first)
@@ -136,18 +140,18 @@ def test_eos_at_the_first_token():
 
 
 def test_tokens_stream_as_they_come():
-    decoder = Decoder(tiny_decoders.build("llama"))
+    decoder = Speculator(Decoder(tiny_decoders.build("llama")))
     ids = tiny_decoders.prompt(5)
-    seen: list[int | None] = []
+    seen: list[int] = []
     stream = decoder.stream(ids, max_new_tokens=6)
-    seen.extend(next(stream))
+    seen.extend(next(stream)[0])
     assert len(seen) == 1
-    seen.extend(token for step in stream for token in step)
+    seen.extend(token for step in stream for token in step[0])
     assert seen == decoder.generate(ids, max_new_tokens=6).new_tokens[0]
 
 
 def test_sampling_is_repeatable_with_a_seed_and_differs_without():
-    decoder = Decoder(tiny_decoders.build("llama"))
+    decoder = Speculator(Decoder(tiny_decoders.build("llama")))
     ids = tiny_decoders.prompt(5)
     how = Sampling(temperature=1.5, top_k=40, top_p=0.95)
 
@@ -163,7 +167,7 @@ def test_sampling_is_repeatable_with_a_seed_and_differs_without():
 def test_repetition_penalty_sees_the_tokens_so_far():
     model = tiny_decoders.build("llama")
     ids = tiny_decoders.prompt(5)
-    out = Decoder(model).generate(ids, max_new_tokens=NEW, sampling=Sampling(repetition_penalty=1.8))
+    out = Speculator(Decoder(model)).generate(ids, max_new_tokens=NEW, sampling=Sampling(repetition_penalty=1.8))
     wanted = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, repetition_penalty=1.8
     )
@@ -186,7 +190,7 @@ def test_repetition_penalty_sees_the_tokens_so_far():
     ],
 )
 def test_edges_are_errors_that_say_what_is_wrong(ids, options, message):
-    decoder = Decoder(tiny_decoders.build("llama"))
+    decoder = Speculator(Decoder(tiny_decoders.build("llama")))
     with pytest.raises(OptionError, match=message):
         list(decoder.stream(ids, **options))
 

@@ -56,11 +56,15 @@ def test_with_a_static_cache_the_graphs_are_a_handful(compiled):
 
 def test_the_decoder_and_generate_agree_on_a_quantized_model():
     """One packed copy of each weight serves both; int8 weights, so the bar is equal tokens of one quantized model."""
+    from functools import partial
+
     from qpass.runtime.decoder import Decoder
+    from qpass.runtime.speculate import Speculator
 
     torch._dynamo.reset()
     model = copy.deepcopy(tiny_decoders.build("llama"))
-    decoder = Decoder(model, lambda f: qpass.compile(f, scheme="w8a16", fullgraph=True, dynamic=False))
+    compile = partial(qpass.compile, scheme="w8a16", fullgraph=True, dynamic=False)
+    decoder = Speculator(Decoder(model, compile))
     ids = tiny_decoders.prompt(6)
     ours = decoder.generate(ids, max_new_tokens=NEW)
     theirs = _generate(qpass.compile(model, scheme="w8a16"), 6)

@@ -37,6 +37,7 @@ def demo(*, prompt: str = PROMPT, max_new_tokens: int = NEW_TOKENS) -> None:
     """Prints the texts as panels and the numbers as a table to stdout. Raises QpassError."""
     from qpass.frontends.demo_model import demo_model_path
     from qpass.frontends.hf import load
+    from qpass.runtime.speculate import Speculator
 
     console = Console(highlight=False)
     loaded = load(demo_model_path())
@@ -49,7 +50,7 @@ def demo(*, prompt: str = PROMPT, max_new_tokens: int = NEW_TOKENS) -> None:
     for label, scheme in VARIANTS:
         compile = session.baseline() if scheme is None else session.compiler(scheme, (), None, release_weights=False)
         ready = session.ready(loaded, compile, f"{label} ({len(contenders) + 1} of {len(VARIANTS)})")
-        out = ready.decoder.generate(input_ids, max_new_tokens=max_new_tokens)
+        out = Speculator(ready.decoder).generate(input_ids, max_new_tokens=max_new_tokens)
         text = str(loaded.tokenizer.decode(out.new_tokens[0], skip_special_tokens=True)).strip()
         console.print(Panel(text, title=f"{label}  {scheme or STOCK}", title_align="left"))
         contenders[label] = ready
@@ -65,9 +66,10 @@ def demo(*, prompt: str = PROMPT, max_new_tokens: int = NEW_TOKENS) -> None:
 def _outcomes(contenders: dict[str, session.Ready], input_ids: Any, new: int) -> list[Outcome]:
     """Generate in turns, bf16 int8 int4 bf16 .., so that a drift of the machine hits all alike."""
     from qpass.measure.latency import measure
+    from qpass.runtime.speculate import Speculator
 
     runs = {
-        label: functools.partial(ready.decoder.generate, input_ids, max_new_tokens=new, eos_token_id=())
+        label: functools.partial(Speculator(ready.decoder).generate, input_ids, max_new_tokens=new, eos_token_id=())
         for label, ready in contenders.items()
     }
     found = {(r.what, r.settings["variant"]): r.value for r in measure(runs, rounds=ROUNDS, warm_up=0)}

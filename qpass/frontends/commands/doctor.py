@@ -57,6 +57,7 @@ def findings() -> Iterator[Finding]:
         ("memory", _memory),
         ("read bandwidth", _bandwidth),
         ("compiler", _compiler),
+        ("attention", _attention),
         ("torch", _torch),
         ("transformers", _transformers),
         ("cache folder", _cache_folder),
@@ -151,6 +152,19 @@ def _compiler() -> Finding:
 
     found = find_compiler()
     return Finding("compiler", compiler_version(found))
+
+
+def _attention() -> Finding:
+    from qpass.cpu import detect
+    from qpass.errors import KernelError
+    from qpass.kernels import attention_unit
+
+    cpu = detect()
+    try:
+        attention_unit.ensure(cpu)
+    except KernelError as error:
+        return Finding("attention", "plain torch, slow", str(error), "warn")
+    return Finding("attention", f"native {cpu.tier}")
 
 
 def _torch() -> Finding:

@@ -27,15 +27,15 @@ def explain(model: str, *, scheme: str, exclude: Sequence[str], lowering: str | 
     with progress.waiting(f"compiling the token step, {scheme}"), torch.no_grad():
         try:
             decoder = Decoder(loaded.model, compile)
+            session.tell_attention(decoder)
         except UnsupportedError as error:
             errors.print(f"[yellow]{error}; explaining the plain forward instead[/yellow]")
             compiled = whole
             compiled(torch.zeros(1, 4, dtype=torch.int64))
         else:
-            compiled = decoder.token_step
-            cache = decoder.allocate(1, 2)
-            one = torch.zeros(1, 1, dtype=torch.int64)
-            decoder.prefill(one, one[0], cache)
+            compiled = decoder.likely_step
+            zero = torch.zeros(1, dtype=torch.int64)
+            decoder.likeliest(zero[:, None], zero, zero, decoder.allocate(1, 2), 1)
     explanation = qpass.explain(compiled)
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
+from qpass.frontends import progress
 from qpass.frontends.commands import session
 from qpass.frontends.commands.text import TextStream, encode
 
@@ -29,12 +31,19 @@ def run(
     chat: bool | None,
     keep_weights: bool,
     kv: str | None = None,
+    draft: str | None = None,
+    draft_scheme: str = "w8a8-dynamic",
+    draft_vocabulary: int | None = None,
+    k: int | Literal["auto"] = "auto",
+    trace: Path | None = None,
 ) -> None:
     """Text goes to stdout as it comes, everything else to stderr. Raises QpassError."""
     session.check(model, scheme)
     import torch
 
+    from qpass.errors import UnsupportedError
     from qpass.frontends.hf import load
+    from qpass.frontends.speculation import Speculation
     from qpass.measure import memory
     from qpass.runtime.sampling import Sampling
 
@@ -44,39 +53,73 @@ def run(
     input_ids = encode(loaded.tokenizer, prompt, chat)
     loaded_bytes = memory.resident_bytes()
     compile = session.compiler(scheme, exclude, lowering, release_weights=not keep_weights)
-    ready = session.ready(loaded, compile, f"prompt and token step, {scheme}", kv)
-    if ready.decoder is None:
-        _run_fallback(ready, input_ids, max_new_tokens, sampling, seed, console)
+    whole = compile(loaded.model)  # costs nothing before its first call, but checks the patterns against the modules
+    try:
+        spec = Speculation(
+            loaded.model,
+            _drafts(draft),
+            k=k,
+            scheme=scheme,
+            exclude=tuple(exclude),
+            lowering=lowering,
+            release_weights=not keep_weights,
+            kv_dtype=kv,
+            tokenizer=loaded.tokenizer,
+            draft_scheme=draft_scheme,
+            draft_vocabulary=draft_vocabulary,
+        )
+    except UnsupportedError as error:
+        if draft is not None:
+            raise
+        _run_fallback(loaded, whole, str(error), input_ids, max_new_tokens, sampling, seed, console)
         return
+    decoder = spec.decoder
+    session.tell_attention(decoder)
+    with progress.waiting(f"compiling {scheme}"):
+        seconds = spec.warm_up(greedy=sampling.greedy)
     new = max_new_tokens
-    if ready.decoder.context is not None and input_ids.shape[1] < ready.decoder.context:
-        new = min(new, ready.decoder.context - input_ids.shape[1])
+    if decoder.context is not None and input_ids.shape[1] < decoder.context:
+        new = min(new, decoder.context - input_ids.shape[1])
     if new < max_new_tokens:
         console.print(
-            f"[yellow]the model's context of {ready.decoder.context} leaves room for {new} new tokens[/yellow]"
+            f"[yellow]the model's context of {decoder.context} leaves room for {new} new tokens[/yellow]"
         )
     text = TextStream(loaded.tokenizer)
 
-    def show(tokens: list[int | None]) -> None:
-        if tokens[0] is not None:
-            sys.stdout.write(text.push(tokens[0]))
-            sys.stdout.flush()
+    def show(tokens: list[list[int]]) -> None:
+        sys.stdout.write("".join(map(text.push, tokens[0])))
+        sys.stdout.flush()
 
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     memory_settled = memory.resident_bytes()
-    out = ready.decoder.generate(input_ids, max_new_tokens=new, sampling=sampling, generator=generator, on_tokens=show)
+    out = Speculator(decoder).generate(
+        input_ids, max_new_tokens=new, sampling=sampling, generator=generator, on_tokens=show
+    )
     sys.stdout.write(text.end() + "\n")
     sys.stdout.flush()
-    count = len(out.new_tokens[0])
+    count, explanation = len(out.new_tokens[0]), spec.explain()
     rows = [
         ("tokens", f"{input_ids.shape[1]} prompt + {count} new"),
         ("TTFT", f"{out.ttft_ms:.0f} ms"),
         ("TPOT", f"{out.tpot_ms:.1f} ms, {1e3 / out.tpot_ms:.1f} tokens/s" if count > 1 else "one token only"),
-        ("compile", f"{ready.seconds:.1f} s, {out.graphs} graphs"),
-        ("linear weights", f"{mb(ready.explanation.bytes_before)} -> {mb(ready.explanation.bytes_after)}"),
+        ("compile", f"{seconds:.1f} s, {out.graphs} graphs"),
+        ("linear weights", f"{mb(explanation.bytes_before)} -> {mb(explanation.bytes_after)}"),
         ("memory", f"{mb(loaded_bytes)} loaded, {mb(memory_settled)} compiled, {mb(memory.peak_bytes())} peak"),
     ]
+    if draft is not None:
+        rows += [row for row in spec.stats.table() if row[0] not in ("new tokens", "speed")]
+        rows.insert(1, ("steps", f"{len(spec.stats.rounds) + 1}, {spec.stats.tokens_a_step:.2f} tokens a step"))
     console.print(_stats(rows))
+    if trace is not None:
+        title = f"{Path(model).name}, {scheme}, draft {draft}"
+        write_trace(trace, shown(spec.stats.pieces[0], loaded.tokenizer.decode), spec.stats.rounds, title=title)
+        console.print(f"[dim]trace: {trace}[/dim]")
+
+
+def _drafts(given: str | None) -> Any:
+    """"ngram,layers:8" as a list, in the order of asking; one name as it is."""
+    names = [name.strip() for name in given.split(",") if name.strip()] if given is not None else []
+    return names if len(names) > 1 else names[0] if names else None
 
 
 def mb(count: int) -> str:
@@ -91,13 +134,13 @@ def _stats(rows: list[tuple[str, str]]) -> Table:
 
 
 def _run_fallback(
-    ready: session.Ready, input_ids: Any, new: int, sampling: Any, seed: int | None, console: Console
+    loaded: Any, compiled: Any, reason: str, input_ids: Any, new: int, sampling: Any, seed: int | None, console: Console
 ) -> None:
     """transformers' own loop on the compiled model, for a model that the static cache does not serve."""
     import torch
     from transformers import TextStreamer
 
-    console.print(f"[yellow]{ready.reason}; running transformers' generate() on the compiled model instead[/yellow]")
+    console.print(f"[yellow]{reason}; running transformers' generate() on the compiled model instead[/yellow]")
     if seed is not None:
         torch.manual_seed(seed)
     chosen = (
@@ -107,12 +150,12 @@ def _run_fallback(
     )
     started = time.perf_counter()
     with torch.no_grad():
-        out = ready.fallback.generate(
+        out = compiled.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=new,
             do_sample=not sampling.greedy,
-            streamer=TextStreamer(ready.loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
             **chosen,
         )
     count, seconds = out.shape[1] - input_ids.shape[1], time.perf_counter() - started

@@ -95,7 +95,19 @@ def ready(loaded: Loaded, compile: Callable[..., Any], what: str, kv_dtype: str 
         decoder = Decoder(loaded.model, compile, kv_dtype=kv_dtype)
     except UnsupportedError as error:
         return Ready(loaded, None, whole, str(error), 0.0, 0, None)
+    tell_attention(decoder)
     with progress.waiting(f"compiling {what}"):
         seconds = decoder.warm_up()
-    own = hasattr(decoder.token_step, "_qpass_backend")
-    return Ready(loaded, decoder, None, "", seconds, decoder.graphs, qpass.explain(decoder.token_step) if own else None)
+    own = hasattr(decoder.likely_step, "_qpass_backend")
+    return Ready(
+        loaded, decoder, None, "", seconds, decoder.graphs, qpass.explain(decoder.likely_step) if own else None
+    )
+
+
+def tell_attention(decoder: Any) -> None:
+    """Say on stderr why a decoder's attention is not native, where it isn't."""
+    from rich.console import Console
+
+    if decoder.attention_refusal:
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"[yellow]attention runs as plain torch, slowly: {decoder.attention_refusal}[/yellow]")
