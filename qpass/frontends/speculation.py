@@ -26,6 +26,7 @@ from qpass.runtime.sampling import Sampling
 from qpass.runtime.shorten import first_layers, smaller_vocabulary
 from qpass.runtime.speculate import Speculator
 from qpass.runtime.stats import Stats
+from qpass.runtime.step import refuse
 from qpass.runtime.translate import TranslatedDraft
 from qpass.runtime.verify import MOST
 
@@ -303,6 +304,9 @@ class _Drafts:
         name = type(model).__name__
         if model is self.target.model:
             raise OptionError("the draft is the target itself; accepted: a smaller model")
+        reason = refuse(model)
+        if reason is not None:
+            raise UnsupportedError(f"the draft: {reason}")
         backend = getattr(model, "_qpass_backend", None)
         compile = self.drafting
         if backend is not None:

@@ -1,19 +1,17 @@
-"""The attention kernel: one unit for this CPU and its torch binding, built and loaded like the linears' own."""
+"""The attention kernel: one unit for this CPU, built and loaded like those of the linears."""
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from pathlib import Path
 
 from qpass.cpu import Cpu, Tier, detect
 from qpass.errors import KernelError
-from qpass.kernels.load import open_library
-from qpass.kernels.source import COMMON_FLAGS, Unit, binding_unit, included, tier_flags
+from qpass.kernels.load import load_binding, open_library
+from qpass.kernels.source import COMMON_FLAGS, Unit, included, tier_flags
 from qpass.kernels.store import obtain
 
 _lock = threading.Lock()
-_binding: ctypes.CDLL | None = None
 _serving: Unit | None = None
 
 
@@ -42,20 +40,6 @@ def ensure(cpu: Cpu | None = None, tier: Tier | None = None, *, pairs: bool = Tr
             return
         library = open_library(obtain(unit))
         library.qpass_attention_kernel.restype = ctypes.c_void_p
-        if _load_binding().qpass_register_attention(library.qpass_attention_kernel()):
+        if load_binding().qpass_register_attention(library.qpass_attention_kernel()):
             raise KernelError(f"{unit.name} was built for another version of its interface")
         _serving = unit
-
-
-def _load_binding() -> ctypes.CDLL:
-    global _binding
-    if _binding is None:
-        import torch
-
-        root = Path(torch.__file__).parent
-        unit = binding_unit((str(root / "include"),), (str(root / "lib"),), "binding_attention")
-        binding = open_library(obtain(unit))
-        binding.qpass_register_attention.argtypes = (ctypes.c_void_p,)
-        binding.qpass_register_attention.restype = ctypes.c_int
-        _binding = binding
-    return _binding

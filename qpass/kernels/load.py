@@ -42,7 +42,7 @@ def ensure(*formats: KernelFormat, cpu: Cpu | None = None, tier: Tier | None = N
         missing = [f for f in dict.fromkeys(formats) if known.get(f.number) != target]
         if not missing and _binding is not None:
             return
-        _load_binding()
+        load_binding()
         for format, path in zip(missing, _obtain(missing, cpu, tier, emulate), strict=True):
             _register(format, _Registered(target, path, tuned(format, cpu, tier)))
 
@@ -68,9 +68,12 @@ def _obtain(formats: Iterable[KernelFormat], cpu: Cpu, tier: Tier, emulate: bool
         return list(pool.map(obtain, units))
 
 
-def _load_binding() -> ctypes.CDLL:
+def load_binding() -> ctypes.CDLL:
+    """The library that registers the native ops with torch, opened once a process."""
     global _binding
-    if _binding is None:
+    with _lock:
+        if _binding is not None:
+            return _binding
         import torch
 
         root = Path(torch.__file__).parent
@@ -78,6 +81,8 @@ def _load_binding() -> ctypes.CDLL:
         binding = open_library(path)
         binding.qpass_register.argtypes = (ctypes.c_void_p, *[ctypes.c_int32] * 3)
         binding.qpass_register.restype = ctypes.c_int
+        binding.qpass_register_attention.argtypes = (ctypes.c_void_p,)
+        binding.qpass_register_attention.restype = ctypes.c_int
         _binding = binding
     return _binding
 
@@ -85,7 +90,7 @@ def _load_binding() -> ctypes.CDLL:
 def _register(format: KernelFormat, kernel: _Registered) -> None:
     library = open_library(kernel.path)
     library.qpass_kernel.restype = ctypes.c_void_p
-    problem = _load_binding().qpass_register(library.qpass_kernel(), *kernel.tuning)
+    problem = load_binding().qpass_register(library.qpass_kernel(), *kernel.tuning)
     if problem:
         kind = "version" if problem == 2 else "format"
         raise KernelError(f"{kernel.path}: its table has a wrong {kind} for {format}")

@@ -104,9 +104,8 @@ def _sort(events: Sequence[Any], alone_ms: float, steps: int) -> Profile:
             continue
         ms, calls = event.self_cpu_time_total / 1e3 / steps, event.count / steps
         _add(kinds, kind, ms, calls)
-        if event.key == "qpass::packed_linear":
-            x, packed = event.input_shapes[:2]
-            _add(linears, (x[-1], packed[0]), ms, calls)
+        if kind == "linear" and (shape := _linear_shape(event)) is not None:
+            _add(linears, shape, ms, calls)
     parts = [Part(kind, ms, calls) for kind, (ms, calls) in kinds.items()]
     known_ms = sum(part.ms for part in parts)
     step_ms = max(alone_ms, known_ms)
@@ -120,6 +119,18 @@ def _sort(events: Sequence[Any], alone_ms: float, steps: int) -> Profile:
         tuple(sorted(parts, key=lambda part: -part.ms)),
         tuple(sorted(shapes, key=lambda part: -part.ms)),
     )
+
+
+def _linear_shape(event: Any) -> tuple[int, int] | None:
+    """(K, packed bytes) of a quantized linear: from its inputs, or from its name where it is a step of a chain."""
+    name, _, shape = event.key.partition(" ")
+    if name != "qpass::packed_linear":
+        return None
+    if shape:
+        k, size = shape.strip("[]").split(", ")
+        return int(k), int(size)
+    x, packed = event.input_shapes[:2]
+    return x[-1], packed[0]
 
 
 def _add(table: dict[Any, list[float]], key: Any, ms: float, calls: float) -> None:

@@ -1,4 +1,4 @@
-"""``qpass::packed_embedding``: rows of a packed weight, as an embedding reads them. Its CPU implementation is ``kernels/cpp/binding.cpp``."""
+"""``qpass::packed_embedding``: rows of a packed weight, as an embedding reads them. Its CPU implementation is ``kernels/cpp/binding_embedding.h``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``qpass::packed_linear``: the generated kernels' entry. Its CPU implementation is ``kernels/cpp/binding.cpp``."""
+"""``qpass::packed_linear``: the generated kernels' entry. Its CPU implementation is ``kernels/cpp/binding_linear.h``."""
 
 from __future__ import annotations
 

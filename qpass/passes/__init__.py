@@ -6,6 +6,7 @@ from torch import fx
 
 import qpass.ops  # noqa: F401  registers the vocabulary that the passes speak
 from qpass.passes.canonicalize import canonicalize
+from qpass.passes.chain_calls import chain_calls
 from qpass.passes.context import Context
 from qpass.passes.fuse_epilogues import fuse_epilogues
 from qpass.passes.fuse_norms import fuse_norms
@@ -23,6 +24,7 @@ PIPELINE: tuple[Pass, ...] = (
     fuse_epilogues,  # what follows a linear point by point runs before its output is rounded
     lower,  # each site to the first lowering that takes it
     share_embeddings,  # a tied table is stored once: the embedding reads rows of the head's packed weight
+    chain_calls,  # calls of our kernels that follow each other are one: Python has no part between them
 )
 
 

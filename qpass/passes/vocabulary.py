@@ -28,6 +28,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "fuse_epilogues": frozenset({"linear", "norm", "quantized_linear"}),
     "lower": frozenset({"quantized_linear", "packed_linear"}),
     "share_embeddings": frozenset({"quantized_linear", "packed_linear", "packed_embedding"}),
+    "chain_calls": frozenset({"quantized_linear", "packed_linear", "packed_embedding", "chain"}),
 }
 """By pass: the ops of ``torch.ops.qpass`` that may stand behind it. A pass that is not named here is not checked."""
 

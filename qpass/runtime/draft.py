@@ -28,6 +28,7 @@ class Proposal:
     tokens: Tensor  # int64 [B, K]; NONE from where on a row proposes nothing
     probs: Tensor | None = None  # fp32 [B, K, V]; None: each token was certain (greedy, n-gram)
     confidences: tuple[tuple[float, ...], ...] | None = None  # a row each: how likely the draft held each of its tokens
+    by: tuple[str, ...] | None = None  # a row each: which of several drafts proposed
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class FirstOf:
             raise OptionError("several drafts together propose for greedy decoding only; give one draft to sample")
         found: list[list[int]] = [[] for _ in request.rows]
         sure: list[tuple[float, ...]] = [() for _ in request.rows]
+        by = [""] * len(found)
         for draft in self.drafts:
             if all(found):
                 break
@@ -121,7 +123,13 @@ class FirstOf:
                 if not found[b]:
                     found[b] = list(itertools.takewhile(lambda token: token != NONE, row))
                     sure[b] = proposal.confidences[b] if proposal.confidences else ()
-        return Proposal(padded(found, NONE), None, tuple(sure) if any(sure) else None)
+                    by[b] = label(draft)
+        return Proposal(padded(found, NONE), None, tuple(sure) if any(sure) else None, tuple(by))
+
+
+def label(draft: Any) -> str:
+    """What a draft is called where its tokens are shown."""
+    return getattr(draft, "label", type(draft).__name__)
 
 
 def begin(draft: Any, cache: KVCache, pad: Tensor) -> None:
@@ -143,6 +151,8 @@ class ModelDraft:
     and, where everything was accepted, the last drafted one.
     """
 
+    label = "draft"
+
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self._cache: KVCache | None = None
@@ -154,7 +164,9 @@ class ModelDraft:
         self._room = cache.length
 
     def warm_up(self, batch: int, *, greedy: bool) -> None:
-        self.decoder.warm_up(batch, steps=("prompt", "likeliest", "likeliest of several") if greedy else ("prompt", "decode", "block"))
+        self.decoder.warm_up(
+            batch, steps=("prompt", "likeliest", "likeliest of several") if greedy else ("prompt", "decode", "block")
+        )
 
     def propose(self, rows: Rows, k: int) -> Proposal:
         return self.answer(Request(rows, k))
@@ -199,6 +211,8 @@ class LayersDraft:
     What these layers write at a slot is what verification writes there again, so nothing has to be caught up with.
     ``decoder`` decodes with the shortened model (:func:`qpass.runtime.shorten.first_layers`).
     """
+
+    label = "first layers"
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder

@@ -91,6 +91,9 @@ class CacheView(Cache):
         self.layers = []
         self.layer_class_to_replicate = None
         self.offloading = False
+        # Said here, Dynamo knows it: one length for the graph, instead of one a tensor to read, guard and pass each call.
+        if any(tensor.shape[0] != keys[0].shape[0] for tensor in (*keys, *values)):
+            raise OptionError("the layers of a cache must have one length")
         self.keys, self.values = keys, values
         self.position = position  # [B]
         self.slots = slots  # [B, Q]: where each token is written

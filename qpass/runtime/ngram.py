@@ -20,6 +20,8 @@ class NgramDraft:
     text cut back) is indexed anew.
     """
 
+    label = "n-gram"
+
     def __init__(self, longest: int = 4, shortest: int = 1) -> None:
         if not 1 <= shortest <= longest:
             raise OptionError(f"n-grams of {shortest} to {longest} tokens; accepted: 1 <= shortest <= longest")

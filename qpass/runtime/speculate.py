@@ -18,7 +18,7 @@ from qpass.errors import OptionError
 from qpass.runtime.accept import accept_greedy, accept_sampled
 from qpass.runtime.control import Controller
 from qpass.runtime.decoder import Decoder, at_least_two, left_padding
-from qpass.runtime.draft import NONE, Proposal, Request, ask, begin, padded
+from qpass.runtime.draft import NONE, Proposal, Request, ask, begin, label, padded
 from qpass.runtime.kv import KVCache
 from qpass.runtime.sampling import Sampling, block_probabilities, block_processed
 from qpass.runtime.stats import Stats
@@ -114,7 +114,7 @@ class Speculator:
         first = target.first(input_ids)
         stats.ttft_ms = 1e3 * (time.perf_counter() - started)
         new = ends.append(rows, first)
-        stats.emitted(new, [0] * len(rows), [()] * len(rows))
+        stats.emitted(new, [0] * len(rows), [()] * len(rows), [""] * len(rows))
         yield new
         while any(ends.running):
             started = time.perf_counter()
@@ -127,7 +127,7 @@ class Speculator:
             alive = [b for b, runs in enumerate(ends.running) if runs]
             new = ends.append(rows, [row[:n] for row, n in zip(tokens, counts, strict=True)])
             rejected = [row[n - 1 :] for row, n in zip(guesses, counts, strict=True)]
-            stats.emitted(new, [n - 1 for n in counts], rejected)
+            stats.emitted(new, [n - 1 for n in counts], rejected, proposal.by or [label(self.draft)] * len(rows))
             controller.observe(
                 k,
                 [len(guesses[b]) for b in alive],
@@ -148,7 +148,7 @@ class Speculator:
         tokens = torch.where(torch.tensor(running)[:, None], proposal.tokens, NONE)
         width = int((tokens != NONE).sum(1).max()) if tokens.numel() else 0
         probs = None if proposal.probs is None else proposal.probs[:, :width]
-        return Proposal(tokens[:, :width], probs, proposal.confidences)
+        return Proposal(tokens[:, :width], probs, proposal.confidences, proposal.by)
 
     def generate(
         self,

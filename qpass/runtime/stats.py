@@ -17,6 +17,7 @@ class Piece:
     token: int
     drafted: bool
     rejected: tuple[int, ...] = ()
+    by: str | None = None  # which draft
 
 
 @dataclass
@@ -30,13 +31,19 @@ class Stats:
     step_ms: list[float] = field(default_factory=list)  # each round after the first token, everything included
     step_tokens: list[int] = field(default_factory=list)  # of all rows
 
-    def emitted(self, new: Sequence[Sequence[int]], accepted: Sequence[int], rejected: Sequence[Sequence[int]]) -> None:
-        """Note the new tokens of each row, of which the first ``accepted`` were drafted and ``rejected`` were not taken."""
+    def emitted(
+        self,
+        new: Sequence[Sequence[int]],
+        accepted: Sequence[int],
+        rejected: Sequence[Sequence[int]],
+        by: Sequence[str],
+    ) -> None:
+        """Note the new tokens of each row: the first ``accepted`` were drafted, ``rejected`` were not taken."""
         if not self.pieces:
             self.pieces = [[] for _ in new]
-        for row, tokens, n, refused in zip(self.pieces, new, accepted, rejected, strict=True):
+        for row, tokens, n, refused, who in zip(self.pieces, new, accepted, rejected, by, strict=True):
             for i, token in enumerate(tokens):
-                row.append(Piece(token, i < n, tuple(refused) if i == n else ()))
+                row.append(Piece(token, True, (), who) if i < n else Piece(token, False, tuple(refused)))
 
     @property
     def new_tokens(self) -> int:

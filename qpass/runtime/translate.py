@@ -32,6 +32,8 @@ class TranslatedDraft:
     do, get no proposal.
     """
 
+    label = "draft, translated"
+
     def __init__(self, draft: Any, draft_tokenizer: Any, tokenizer: Any) -> None:
         self.draft = draft
         self._target, self._source = _Vocabulary(tokenizer), _Vocabulary(draft_tokenizer)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
 
+from qpass.errors import OptionError, UnsupportedError
 from qpass.frontends import progress
 from qpass.frontends.commands import session
 from qpass.frontends.commands.text import TextStream, encode
@@ -34,16 +36,18 @@ def run(
     draft: str | None = None,
     draft_scheme: str = "w8a8-dynamic",
     draft_vocabulary: int | None = None,
-    k: int | Literal["auto"] = "auto",
+    k: int | str = "auto",
     trace: Path | None = None,
 ) -> None:
     """Text goes to stdout as it comes, everything else to stderr. Raises QpassError."""
+    if trace is not None and (trace.suffix != ".html" or not trace.parent.is_dir()):
+        raise OptionError(f"--trace {trace}: accepted is a file .html in a folder that exists")
     session.check(model, scheme)
     import torch
 
-    from qpass.errors import UnsupportedError
     from qpass.frontends.hf import load
     from qpass.frontends.speculation import Speculation
+    from qpass.frontends.trace import shown, write_trace
     from qpass.measure import memory
     from qpass.runtime.sampling import Sampling
 
@@ -58,7 +62,7 @@ def run(
         spec = Speculation(
             loaded.model,
             _drafts(draft),
-            k=k,
+            k=cast(Any, k),  # anything else is refused there
             scheme=scheme,
             exclude=tuple(exclude),
             lowering=lowering,
@@ -81,9 +85,7 @@ def run(
     if decoder.context is not None and input_ids.shape[1] < decoder.context:
         new = min(new, decoder.context - input_ids.shape[1])
     if new < max_new_tokens:
-        console.print(
-            f"[yellow]the model's context of {decoder.context} leaves room for {new} new tokens[/yellow]"
-        )
+        console.print(f"[yellow]the model's context of {decoder.context} leaves room for {new} new tokens[/yellow]")
     text = TextStream(loaded.tokenizer)
 
     def show(tokens: list[list[int]]) -> None:
@@ -92,7 +94,7 @@ def run(
 
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     memory_settled = memory.resident_bytes()
-    out = Speculator(decoder).generate(
+    out = spec.speculator.generate(
         input_ids, max_new_tokens=new, sampling=sampling, generator=generator, on_tokens=show
     )
     sys.stdout.write(text.end() + "\n")
@@ -111,13 +113,20 @@ def run(
         rows.insert(1, ("steps", f"{len(spec.stats.rounds) + 1}, {spec.stats.tokens_a_step:.2f} tokens a step"))
     console.print(_stats(rows))
     if trace is not None:
-        title = f"{Path(model).name}, {scheme}, draft {draft}"
-        write_trace(trace, shown(spec.stats.pieces[0], loaded.tokenizer.decode), spec.stats.rounds, title=title)
+        decode = functools.partial(loaded.tokenizer.decode, clean_up_tokenization_spaces=False)
+        write_trace(
+            trace,
+            [shown(spec.stats.pieces[0], lambda ids: str(decode(ids)))],
+            spec.stats.rounds,
+            title=f"{Path(model).name}, {scheme}, draft: {draft or 'none'}",
+            prompts=[str(decode(input_ids[0]))],
+            switches=spec.stats.switches,
+        )
         console.print(f"[dim]trace: {trace}[/dim]")
 
 
 def _drafts(given: str | None) -> Any:
-    """"ngram,layers:8" as a list, in the order of asking; one name as it is."""
+    """ "ngram,layers:8" as a list, in the order of asking; one name as it is."""
     names = [name.strip() for name in given.split(",") if name.strip()] if given is not None else []
     return names if len(names) > 1 else names[0] if names else None
 

@@ -1,4 +1,4 @@
-// What the torch ops of binding.cpp share: the loaded kernels, checks, scratch memory.
+// What the torch ops of binding_*.h share: the loaded kernels, checks, scratch memory.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,29 +1,20 @@
-// torch's only view of the attention kernel: checks everything it is given, lends memory and threads. Stable ABI.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
+// torch's view of the attention kernel: checks everything it is given, lends memory and threads.
+#pragma once
 #include <algorithm>
-#include <atomic>
-#include <limits>
-#include <optional>
-#include <string>
-#include <vector>
 
 #include "attention_abi.h"
-#include "scratch.h"
-#include "tensors.h"
+#include "binding.h"
 
 namespace {
+
+namespace attention {
+
+constexpr const char* op = "attention";
 
 using Optional = std::optional<Tensor>;
 
 std::atomic<const QpassAttention*> kernel{nullptr};
 thread_local Scratch spans, partials;  // of the calling thread, read by the workers
-thread_local Scratch worker;           // of each thread that runs tasks
-
-#define CHECK(condition, ...) STD_TORCH_CHECK(condition, "attention: ", __VA_ARGS__)
 
 bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
   if (t.dim() != int64_t(shape.size())) return false;
@@ -121,7 +112,7 @@ Tensor attention(Tensor q, Tensor k, Tensor v, Tensor span, double scale, double
   const QpassAttention* table = kernel.load(std::memory_order_acquire);
   CHECK(table != nullptr, "no kernel is loaded (qpass.kernels.attention_unit.ensure loads it)");
 
-  Tensor out = torch::stable::new_empty(q, {call.batch, call.queries, call.heads, call.value_width});
+  Tensor out = empty_like(q, {call.batch, call.queries, call.heads, call.value_width});
   if (call.batch == 0 || call.queries == 0) return out;
   Optional q_copy, k_copy, v_copy;
   std::vector<float> slope_copy, sink_copy;
@@ -138,13 +129,13 @@ Tensor attention(Tensor q, Tensor k, Tensor v, Tensor span, double scale, double
   return out;
 }
 
-}  // namespace
+}  // namespace attention
 
-STABLE_TORCH_LIBRARY_IMPL(qpass, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+}  // namespace
 
 // Called by kernels/attention_unit.py. Returns 0, or 1 for a table of another version.
 extern "C" __attribute__((visibility("default"))) int qpass_register_attention(const QpassAttention* table) {
   if (table == nullptr || table->abi != QPASS_ATTENTION_ABI) return 1;
-  kernel.store(table, std::memory_order_release);
+  attention::kernel.store(table, std::memory_order_release);
   return 0;
 }

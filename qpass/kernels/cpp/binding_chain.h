@@ -1,0 +1,184 @@
+// qpass::chain: native ops one after the other in one call, by a program (ops/chain.py) that is read once.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <mutex>
+#include <sstream>
+#include <unordered_map>
+
+#include "binding.h"
+#include "binding_attention.h"
+#include "binding_linear.h"
+
+namespace {
+
+namespace chain {
+
+constexpr const char* op = "chain";
+using Optional = std::optional<Tensor>;
+
+// One call: its op's arguments in the order of its schema, those of a kind together. A slot is -1 where none is given.
+struct Step {
+  enum Kind { kLinear, kAttention, kFlatten } kind;
+  std::vector<int64_t> slots, integers;
+  std::vector<double> numbers;  // NaN where none is given
+  std::vector<int64_t> last;    // slots that nobody reads behind this step
+  std::string name;             // for the profiler
+};
+
+struct Program {
+  int64_t inputs = 0;
+  std::vector<Step> steps;
+  std::vector<int64_t> results;
+};
+
+// Kinds of the arguments: t a tensor's slot, i an integer, f a number.
+struct Signature {
+  const char* name;
+  Step::Kind kind;
+  const char* arguments;
+};
+constexpr Signature kSignatures[] = {
+    {"packed_linear", Step::kLinear, "tttttiiiiiittff"},
+    {"attention", Step::kAttention, "ttttfftt"},
+    {"flatten", Step::kFlatten, "t"},
+};
+
+int64_t slot_of(const std::string& word, int64_t count, bool optional) {
+  if (optional && word == "-") return -1;
+  CHECK(word.size() > 1 && word[0] == '%', "'", word, "' is not a slot");
+  char* end;
+  const int64_t slot = strtoll(word.c_str() + 1, &end, 10);
+  CHECK(*end == 0 && slot >= 0 && slot < count, "slot ", word, " is not known yet; there are ", count);
+  return slot;
+}
+
+// " [K, bytes of the packed weight]": what measure/profile.py sorts linears by.
+std::string shape_of(const std::vector<int64_t>& integers) {
+  const int64_t n = integers[0], k = integers[1], format = integers[2];
+  if (format < 0 || format >= kFormats || n < 1 || k < 1) return "";  // the call will say what is wrong
+  const QpassKernel* kernel = kernels[format].load(std::memory_order_acquire);
+  if (!kernel) return "";
+  return " [" + std::to_string(k) + ", " + std::to_string(kernel->packed_bytes(n, k, integers[4] != 0)) + "]";
+}
+
+Step read_step(std::istringstream& line, const std::string& name, int64_t known) {
+  for (const Signature& s : kSignatures) {
+    if (name != s.name) continue;
+    Step step{s.kind, {}, {}, {}, {}, "qpass::" + name};
+    std::string word;
+    for (const char* kind = s.arguments; *kind; kind++) {
+      CHECK(bool(line >> word), name, " has too few arguments");
+      char* end = nullptr;
+      if (*kind == 't') step.slots.push_back(slot_of(word, known, true));
+      if (*kind == 'i') step.integers.push_back(strtoll(word.c_str(), &end, 10));
+      if (*kind == 'f') step.numbers.push_back(word == "-" ? NAN : strtod(word.c_str(), &end));
+      CHECK(end == nullptr || *end == 0 || word == "-", name, ": '", word, "' is not a number");
+    }
+    CHECK(!(line >> word), name, " has too many arguments");
+    const size_t needed = s.kind == Step::kLinear ? 2 : s.kind == Step::kAttention ? 4 : 1;
+    for (size_t i = 0; i < needed; i++) CHECK(step.slots[i] >= 0, name, " lacks one of its tensors");
+    if (s.kind == Step::kLinear) step.name += shape_of(step.integers);
+    return step;
+  }
+  CHECK(false, "there is no native op ", name);
+}
+
+// "INPUTS n", then a step a line, then "return" and the slots of the results. A step's output gets the next slot.
+Program read(const std::string& text) {
+  Program program;
+  std::istringstream lines(text);
+  std::string line, word;
+  bool ended = false;
+  for (int64_t known = -1; std::getline(lines, line);) {
+    CHECK(!ended, "'", line, "' behind the program's end");
+    std::istringstream words(line);
+    CHECK(bool(words >> word), "an empty line");
+    if (known < 0) {
+      CHECK(word == "inputs" && words >> program.inputs && program.inputs > 0, "the number of inputs is missing");
+      known = program.inputs;
+    } else if (word == "return") {
+      while (words >> word) program.results.push_back(slot_of(word, known, false));
+      ended = true;
+    } else {
+      program.steps.push_back(read_step(words, word, known++));
+    }
+  }
+  CHECK(ended && !program.steps.empty(), "the program is not complete");
+  std::vector<bool> read_later(program.inputs + program.steps.size());
+  for (int64_t slot : program.results) read_later[slot] = true;
+  for (size_t i = program.steps.size(); i-- > 0;)
+    for (int64_t slot : program.steps[i].slots)
+      if (slot >= 0 && !read_later[slot]) {
+        read_later[slot] = true;
+        program.steps[i].last.push_back(slot);
+      }
+  return program;
+}
+
+const Program& program_of(const std::string& text) {
+  static std::mutex mutex;
+  static std::unordered_map<std::string, std::unique_ptr<Program>> programs;  // as many as compiled graphs have
+  std::lock_guard<std::mutex> lock(mutex);
+  auto& known = programs[text];
+  if (!known) known = std::make_unique<Program>(read(text));
+  return *known;
+}
+
+// The last two dimensions as one, without a copy where strides allow.
+Tensor flat(const Tensor& t) {
+  CHECK(t.dim() >= 2, "flatten takes two dimensions at least");
+  const Tensor dense = t.is_contiguous() ? t : torch::stable::contiguous(t);
+  std::vector<int64_t> sizes, strides;
+  for (int64_t d = 0; d + 1 < t.dim(); d++) sizes.push_back(t.size(d)), strides.push_back(dense.stride(d));
+  sizes.back() *= t.size(t.dim() - 1);
+  strides.back() = 1;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(dense.get(), t.dim() - 1, sizes.data(), strides.data(), 0, &handle));
+  return Tensor(handle);
+}
+
+// Tells torch's profiler of a step; costs some nanoseconds where none is running.
+struct Recorded {
+  AtenRecordFunctionHandle handle = nullptr;
+  explicit Recorded(const std::string& name) { aoti_record_function_start(name.c_str(), nullptr, nullptr, 0, &handle); }
+  ~Recorded() { aoti_record_function_end(handle); }
+};
+
+Tensor run(const Step& step, const std::vector<Optional>& slots) {
+  const Recorded recorded(step.name);
+  auto given = [&](size_t i) { return step.slots[i] < 0 ? Optional() : slots[step.slots[i]]; };
+  auto tensor = [&](size_t i) -> const Tensor& { return *slots[step.slots[i]]; };
+  const auto& n = step.integers;
+  const auto& f = step.numbers;
+  switch (step.kind) {
+    case Step::kLinear:
+      return linear::packed_linear(tensor(0), tensor(1), given(2), given(3), given(4), n[0], n[1], n[2], n[3],
+                                   n[4] != 0, n[5], given(5), given(6), f[0],
+                                   std::isnan(f[1]) ? std::nullopt : std::optional<double>(f[1]));
+    case Step::kAttention:
+      return attention::attention(tensor(0), tensor(1), tensor(2), tensor(3), f[0], f[1], given(4), given(5));
+    default:
+      return flat(tensor(0));
+  }
+}
+
+std::vector<Tensor> chain(std::vector<Tensor> tensors, std::string text) {
+  const Program& program = program_of(text);
+  CHECK(int64_t(tensors.size()) == program.inputs, "the program takes ", program.inputs, " tensors, not ",
+        tensors.size());
+  std::vector<Optional> slots(tensors.begin(), tensors.end());
+  slots.reserve(program.inputs + program.steps.size());
+  for (const Step& step : program.steps) {
+    slots.push_back(run(step, slots));
+    for (int64_t slot : step.last) slots[slot].reset();
+  }
+  std::vector<Tensor> results;
+  for (int64_t slot : program.results) results.push_back(*slots[slot]);
+  return results;
+}
+
+}  // namespace chain
+
+}  // namespace
