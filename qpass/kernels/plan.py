@@ -156,7 +156,9 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
     spans = tier not in ("avx2", "avx_vnni") and (path == "panel" or (path == "stream" and passes > 1))
     segment = format.group or (SPAN if spans else SEGMENT)[kind]
     folds = shape.m * n / LANES * -(-k // segment)
-    folding = folds * (HELD_FOLD_OPS if spans else FOLD_OPS) / rates.vector_ops  # behind the tile that it closes: nothing to overlap with
+    folding = (
+        folds * (HELD_FOLD_OPS if spans else FOLD_OPS) / rates.vector_ops
+    )  # behind the tile that it closes: nothing to overlap with
     unpacking = operands * UNPACK_OPS[format.bits, kind]
     if path == "tiles":
         unpacked = unpacking + 2 * LOAD_OPS * operands
