@@ -27,6 +27,8 @@ import qpass
 from qpass.frontends.hf import Loaded, load
 from qpass.measure import record
 from qpass.runtime.decoder import Decoder
+from qpass.runtime.draft import FirstOf
+from qpass.runtime.ngram import NgramDraft
 from qpass.runtime.speculate import Speculator
 from qpass.runtime.stats import Stats
 
@@ -43,21 +45,22 @@ def prompts(loaded: Loaded, count: int) -> list[torch.Tensor]:
 
 
 def speculators(args: argparse.Namespace, loaded: Loaded) -> dict[str, Speculator]:
-    """By name: stock Inductor, and for each scheme plain decoding and each kind of draft."""
+    """By name: for each scheme plain decoding and each kind of draft, all on one decoder; and stock Inductor."""
     found: dict[str, Speculator] = {}
-    small = load(args.draft) if args.draft else None
+    small = load(args.draft).model if args.draft else None
     for scheme in args.schemes:
-        kinds: dict[str, Any] = {"plain": None, "ngram": "ngram"} | {f"layers:{n}": f"layers:{n}" for n in args.layers}
+        parts: dict[str, Any] = {"ngram": "ngram"} | {f"layers:{n}": f"layers:{n}" for n in args.layers}
         if small is not None:
-            kinds |= {"model": small.model, "ngram,model": ["ngram", small.model]}
-        for kind, draft in kinds.items():
-            if args.kinds and kind not in args.kinds:
-                continue
-            own = {"draft_scheme": args.draft_scheme, "draft_vocabulary": args.draft_vocabulary}
-            spec = qpass.speculate(loaded.model, draft, k=args.k[0] if draft else 0, scheme=scheme, **own)
-            seconds = spec.warm_up()
-            print(f"{scheme} {kind}: compiled in {seconds:.0f} s", file=sys.stderr)
-            found[f"{scheme} {kind}"] = spec.speculator
+            parts["model"] = small
+        own = {"draft_scheme": args.draft_scheme, "draft_vocabulary": args.draft_vocabulary}
+        spec = qpass.speculate(loaded.model, [*parts.values(), "ngram"], scheme=scheme, **own)
+        print(f"{scheme}: compiled in {spec.warm_up():.0f} s", file=sys.stderr)
+        drafts = dict(zip(parts, spec.speculator.draft.drafts, strict=False))
+        kinds: dict[str, Any] = {"plain": None} | drafts
+        if small is not None:
+            kinds["ngram,model"] = FirstOf(NgramDraft(shortest=3), drafts["model"])
+        for kind in args.kinds or kinds:
+            found[f"{scheme} {kind}"] = Speculator(spec.decoder, kinds[kind], k=args.k[0] if kinds[kind] else 0)
     if args.stock:
         decoder = Decoder(loaded.model, partial(torch.compile, fullgraph=True, dynamic=False))
         print(f"{STOCK}: compiled in {decoder.warm_up():.0f} s", file=sys.stderr)
@@ -120,7 +123,7 @@ def verification(decoder: Decoder, scheme: str, settings: dict[str, Any]) -> lis
     """What verifying K tokens costs, over a plain step at the same place: everything included, in turns."""
     ids = torch.randint(0, decoder.vocabulary, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
     cache, pad, at = decoder.allocate(1, CONTEXT + 32), torch.zeros(1, dtype=torch.int64), torch.tensor([CONTEXT])
-    decoder.prefill(ids, pad, cache)
+    decoder.prefill(ids, at, cache)
 
     def timed(width: int) -> float:
         started = time.perf_counter()

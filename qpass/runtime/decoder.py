@@ -66,17 +66,15 @@ class Decoder:
         """A cache for ``batch`` rows of at least ``length`` tokens."""
         return KVCache.allocate(self.shapes, batch, _rounded(length), int8=self.kv_dtype == "int8")
 
-    def prefill(self, input_ids: Tensor, pad: Tensor, cache: KVCache) -> Tensor:
-        """Fill the cache's slots 0..S-1 from ``input_ids`` [B, S]; logits of the last token [B, V].
-
-        S is at least 2, so that one graph serves every length: :func:`at_least_two` pads a single token.
-        """
-        count = input_ids.shape[1]
-        cache.check_room(0, count)
-        part = cache.first(count)
+    def prefill(self, input_ids: Tensor, count: Tensor, cache: KVCache) -> Tensor:
+        """Fill the cache from slot 0 on from ``input_ids`` [B, S], of which row b has ``count[b]``, the rest anything;
+        logits of each row's last token [B, V]. S is at least 2, so that one graph serves every length."""
+        width = input_ids.shape[1]
+        cache.check_room(0, width)
+        part = cache.first(width)
         ids = input_ids.flatten().view(input_ids.shape)  # one stride for one shape: graphs are compiled for strides too
         torch._dynamo.mark_dynamic(ids, 1)
-        return self._run(self.prompt_step, ids, pad, part.keys, part.values)
+        return self._run(self.prompt_step, ids, count, part.keys, part.values)
 
     def decode(self, input_ids: Tensor, position: Tensor, pad: Tensor, cache: KVCache, filled: int) -> Tensor:
         """One more token a row: ``input_ids`` [B, 1] go to slots ``position`` [B]; logits [B, V].
@@ -156,7 +154,7 @@ class Decoder:
         for _ in range(2):  # the first call compiles; the second pays what a first run still leaves
             for step in steps:
                 if step == "prompt":
-                    self.prefill(ids, pad, cache)
+                    self.prefill(ids, pad + 5, cache)
                 elif step in ("verify", "block"):
                     getattr(self, step)(ids, pad + 5, pad, cache, 10)
                 elif step == "likeliest of several":
@@ -218,13 +216,6 @@ def left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
             "a batch must be padded on the left: each row of attention_mask is zeros, then ones, at least one"
         )
     return (~real).sum(1)
-
-
-def at_least_two(input_ids: Tensor, pad: Tensor) -> tuple[Tensor, Tensor]:
-    """A prompt of one token [B, 1] with a padded slot in front of it; any other as it is."""
-    if input_ids.shape[1] > 1:
-        return input_ids, pad
-    return torch.nn.functional.pad(input_ids, (1, 0)), pad + 1
 
 
 def _rounded(tokens: int) -> int:

@@ -47,7 +47,7 @@ class Draft(Protocol):
     """Proposes at most ``k`` tokens that may follow each row; fewer or none is as good an answer.
 
     ``rows`` holds each row's real tokens so far, prompt and output, without padding. Optional further methods:
-    ``begin(cache, pad)`` at the start of a generation, ``answer(request)`` in place of ``propose``.
+    ``begin(cache)`` at the start of a generation, ``answer(request)`` in place of ``propose``.
     """
 
     def propose(self, rows: Rows, k: int) -> Proposal | Tensor | list[list[int]]: ...
@@ -92,15 +92,21 @@ def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     return torch.tensor(full, dtype=torch.int64).reshape(len(rows), longest)
 
 
+def prompt(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Rows as a prompt's step wants them: ids [B, S], S at least 2, short rows filled up behind; their counts [B]."""
+    ids = padded(rows, 0)
+    return (ids if ids.shape[1] > 1 else torch.nn.functional.pad(ids, (0, 1))), torch.tensor([len(row) for row in rows])
+
+
 class FirstOf:
     """Several drafts: each row takes the proposal of the first that has one, the costlier ones behind."""
 
     def __init__(self, *drafts: Any) -> None:
         self.drafts = drafts
 
-    def begin(self, cache: KVCache, pad: Tensor) -> None:
+    def begin(self, cache: KVCache) -> None:
         for draft in self.drafts:
-            begin(draft, cache, pad)
+            begin(draft, cache)
 
     def warm_up(self, batch: int, *, greedy: bool) -> None:
         for draft in self.drafts:
@@ -132,10 +138,10 @@ def label(draft: Any) -> str:
     return getattr(draft, "label", type(draft).__name__)
 
 
-def begin(draft: Any, cache: KVCache, pad: Tensor) -> None:
+def begin(draft: Any, cache: KVCache) -> None:
     """Tell a draft that wants to know that a generation starts on this cache of the target."""
     if hasattr(draft, "begin"):
-        draft.begin(cache, pad)
+        draft.begin(cache)
 
 
 def warm_up(draft: Any, batch: int, *, greedy: bool) -> None:
@@ -156,11 +162,10 @@ class ModelDraft:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self._cache: KVCache | None = None
-        self._pad = torch.zeros(0, dtype=torch.int64)
         self._held: list[list[int]] = []  # the tokens whose keys and values the cache holds
         self._room = 0
 
-    def begin(self, cache: KVCache, pad: Tensor) -> None:
+    def begin(self, cache: KVCache) -> None:
         self._room = cache.length
 
     def warm_up(self, batch: int, *, greedy: bool) -> None:
@@ -177,32 +182,29 @@ class ModelDraft:
             k = min(k, self.decoder.context - max(map(len, rows)))
         if k < 1:
             return Proposal(torch.empty(len(rows), 0, dtype=torch.int64))
-        block, position = self._unread(rows, k)
-        cache, filled = self._cache, int(position.max()) + block.shape[1]
-        assert cache is not None
-        fresh, self._held = not self._held, []  # whatever ends this early leaves a cache that claims nothing
-        chain = Chain(self.decoder, cache, self._pad, request)
+        fresh, block, position = self._unread(rows, k)
+        self._held = []  # whatever ends this early leaves a cache that claims nothing
+        assert self._cache is not None
+        chain = Chain(self.decoder, self._cache, request)
         if fresh:
-            chain.read_prompt(block)
+            chain.read_prompt()
         else:
-            chain.read(block, position, filled)
-        chain.run(position + block.shape[1], filled, k)
+            chain.read(block, position)
+        chain.run(k)
         self._held = [[*row, *new[:-1]] for row, new in zip(rows, chain.tokens.tolist(), strict=True)]
         return chain.proposal()
 
-    def _unread(self, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-        """What to feed, [B, Q], and the slot of each row's first, [B]. Whole rows, left-padded, where nothing is held."""
-        longest = max(2, *map(len, rows))
+    def _unread(self, rows: Rows, k: int) -> tuple[bool, Tensor, Tensor]:
+        """Whether all is to be read anew; or else what to feed, [B, Q], and the slot of each row's first, [B]."""
+        lengths = torch.tensor([len(row) for row in rows])
+        longest = int(lengths.max())
         if self._held and len(self._held) == len(rows) and self._cache is not None:
-            slots = self._pad + torch.tensor([len(row) for row in rows])  # [B]: where each row's next token goes
             q = max(2, *(len(row) - _common(row, held) for row, held in zip(rows, self._held, strict=True)))
-            if int(slots.max()) + k <= self._cache.length and q <= int(slots.min()) and 2 * q <= max(longest, 2 * MOST):
-                return torch.tensor([([0] * q + list(row[-q:]))[-q:] for row in rows]), slots - q
-        self._held = []
+            if longest + k <= self._cache.length and q <= int(lengths.min()) and 2 * q <= max(longest, 2 * MOST):
+                return False, torch.tensor([list(row[-q:]) for row in rows]), lengths - q
         if self._cache is None or self._cache.batch != len(rows) or self._cache.length < longest + k:
             self._cache = self.decoder.allocate(len(rows), max(longest + k, self._room))
-        self._pad = torch.tensor([longest - len(row) for row in rows])
-        return torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows]), torch.zeros_like(self._pad)
+        return True, lengths, lengths
 
 
 class LayersDraft:
@@ -217,11 +219,10 @@ class LayersDraft:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self._cache: KVCache | None = None
-        self._pad = torch.zeros(0, dtype=torch.int64)
 
-    def begin(self, cache: KVCache, pad: Tensor) -> None:
+    def begin(self, cache: KVCache) -> None:
         layers = len(self.decoder.shapes)
-        self._cache, self._pad = KVCache(cache.keys[:layers], cache.values[:layers]), pad
+        self._cache = KVCache(cache.keys[:layers], cache.values[:layers])
 
     def warm_up(self, batch: int, *, greedy: bool) -> None:
         self.decoder.warm_up(batch, steps=("likeliest" if greedy else "decode",))
@@ -234,20 +235,20 @@ class LayersDraft:
             raise OptionError(
                 "a draft of the target's own layers works on the target's cache, so only within a speculator"
             )
-        chain = Chain(self.decoder, self._cache, self._pad, request)
-        position = self._pad + torch.tensor([len(row) - 1 for row in request.rows])
-        filled = int(position.max()) + 1
-        chain.read(torch.tensor([[row[-1]] for row in request.rows]), position, filled)
-        chain.run(position + 1, filled, request.k)
+        chain = Chain(self.decoder, self._cache, request)
+        position = torch.tensor([len(row) - 1 for row in request.rows])
+        chain.read(torch.tensor([[row[-1]] for row in request.rows]), position)
+        chain.run(request.k)
         return chain.proposal()
 
 
 class Chain:
     """One round of a model that drafts: token after token, until k or until another isn't worth its time."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, pad: Tensor, request: Request) -> None:
-        self._decoder, self._cache, self._pad, self._request = decoder, cache, pad, request
+    def __init__(self, decoder: Decoder, cache: KVCache, request: Request) -> None:
+        self._decoder, self._cache, self._request = decoder, cache, request
         self._simple = request.sampling.greedy and not request.sampling.needs_tokens
+        self._next = torch.tensor([len(row) for row in request.rows])  # [B]: the slot of the token drafted last
         self._drafted: list[Tensor] = []  # [B, 1] each
         self._probs: list[Tensor] = []  # [B, V] each
         self._sure: list[list[float]] = [[] for _ in request.rows]
@@ -257,26 +258,24 @@ class Chain:
         """All drafted so far, int64 [B, K]."""
         return torch.cat(self._drafted, 1)
 
-    def read_prompt(self, block: Tensor) -> None:
-        """Start with whole rows, left-padded [B, S]."""
-        self._choose(self._decoder.prefill(block, self._pad, self._cache))
+    def read_prompt(self) -> None:
+        """Start with whole rows."""
+        self._choose(self._decoder.prefill(*prompt(self._request.rows), self._cache))
 
-    def read(self, block: Tensor, position: Tensor, filled: int) -> None:
-        """Start with what the cache lacks of each row, [B, Q] from slot ``position`` on; ``filled``: the last slot + 1."""
+    def read(self, block: Tensor, position: Tensor) -> None:
+        """Start with what the cache lacks of each row, [B, Q] from slot ``position`` on."""
         *earlier, last = block.split(MOST, 1)
-        start = filled - block.shape[1]
         for piece in earlier:
-            start += piece.shape[1]
-            self._decoder.likeliest(piece, position, self._pad, self._cache, start)
+            self._decoder.likeliest(piece, *self._where(piece, position))
             position = position + piece.shape[1]
-        self._step(last, position, filled)
+        self._step(last, position)
 
-    def run(self, position: Tensor, filled: int, k: int) -> None:
-        """Go on from the token drafted last, which goes to slot ``position`` of each row."""
+    def run(self, k: int) -> None:
+        """Go on from the token drafted last."""
         go_on = self._request.go_on
         while len(self._drafted) < k and (go_on is None or any(map(go_on, self._sure))):
-            self._step(self._drafted[-1], position, filled + 1)
-            position, filled = position + 1, filled + 1
+            self._step(self._drafted[-1], self._next)
+            self._next = self._next + 1
 
     def proposal(self) -> Proposal:
         tokens, vocabulary = self.tokens, self._request.vocabulary
@@ -284,13 +283,17 @@ class Chain:
             tokens = torch.where((tokens >= vocabulary).cumsum(1) > 0, NONE, tokens)
         return Proposal(tokens, torch.stack(self._probs, 1) if self._probs else None, tuple(map(tuple, self._sure)))
 
-    def _step(self, block: Tensor, position: Tensor, filled: int) -> None:
+    def _where(self, block: Tensor, position: Tensor) -> tuple[Tensor, Tensor, KVCache, int]:
+        return position, torch.zeros_like(position), self._cache, int(position.max()) + block.shape[1]
+
+    def _step(self, block: Tensor, position: Tensor) -> None:
+        where = self._where(block, position)
         if self._simple:
-            self._keep(*self._decoder.likeliest(block, position, self._pad, self._cache, filled))
+            self._keep(*self._decoder.likeliest(block, *where))
         elif block.shape[1] == 1:
-            self._choose(self._decoder.decode(block, position, self._pad, self._cache, filled))
+            self._choose(self._decoder.decode(block, *where))
         else:
-            self._choose(self._decoder.block(block, position, self._pad, self._cache, filled)[:, -1])
+            self._choose(self._decoder.block(block, *where)[:, -1])
 
     def _choose(self, logits: Tensor) -> None:
         """Choose from logits [B, V] as the target would: a drawn token comes with its distribution."""

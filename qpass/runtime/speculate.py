@@ -17,8 +17,8 @@ from torch import Tensor
 from qpass.errors import OptionError
 from qpass.runtime.accept import accept_greedy, accept_sampled
 from qpass.runtime.control import Controller
-from qpass.runtime.decoder import Decoder, at_least_two, left_padding
-from qpass.runtime.draft import NONE, Proposal, Request, ask, begin, label, padded
+from qpass.runtime.decoder import Decoder, left_padding
+from qpass.runtime.draft import NONE, Proposal, Request, ask, begin, label, padded, prompt
 from qpass.runtime.kv import KVCache
 from qpass.runtime.sampling import Sampling, block_probabilities, block_processed
 from qpass.runtime.stats import Stats
@@ -89,7 +89,6 @@ class Speculator:
         decoder.check_ids(input_ids)
         decoder.check_length(input_ids.shape[1], max_new_tokens)
         eos = decoder.eos(eos_token_id)
-        input_ids, pad = at_least_two(input_ids, pad)
         needed = input_ids.shape[1] + max_new_tokens
         cache = decoder.allocate(len(pad), length or needed + MOST)
         cache.check_room(0, needed)
@@ -99,20 +98,20 @@ class Speculator:
         try:
             rows = [row[n:] for row, n in zip(input_ids.tolist(), pad.tolist(), strict=True)]
             heads = [row[:n] if show_padding else [] for row, n in zip(input_ids.tolist(), pad.tolist(), strict=True)]
-            checked = Checker(decoder, cache, pad, rows, how, heads, generator)
+            target = Checker(decoder, cache, rows, how, heads, generator)
             ends = Ends([len(row) for row in rows], max_new_tokens, eos, stop)
-            yield from self._rounds(checked, ends, input_ids)
+            yield from self._rounds(target, ends)
         finally:
             self._busy = False
 
-    def _rounds(self, target: Checker, ends: Ends, input_ids: Tensor) -> Iterator[list[list[int]]]:
+    def _rounds(self, target: Checker, ends: Ends) -> Iterator[list[list[int]]]:
         rows, controller = target.rows, self._controller
         controller.renew()
         stats = self.stats = Stats(controller.history, controller.switches)
         if self.draft is not None:
-            begin(self.draft, target.cache, target.pad)
+            begin(self.draft, target.cache)
         started = time.perf_counter()
-        first = target.first(input_ids)
+        first = target.first()
         stats.ttft_ms = 1e3 * (time.perf_counter() - started)
         new = ends.append(rows, first)
         stats.emitted(new, [0] * len(rows), [()] * len(rows), [""] * len(rows))
@@ -232,8 +231,7 @@ class Checker:
 
     decoder: Decoder
     cache: KVCache
-    pad: Tensor  # [B]
-    rows: list[list[int]]  # real tokens
+    rows: list[list[int]]  # real tokens; token i of each is in slot i
     how: Sampling
     heads: list[list[int]]  # what penalties and processors see in front of each row
     generator: torch.Generator | None
@@ -247,11 +245,11 @@ class Checker:
         """How many drafted tokens the cache and the model's context have room for, in the fullest row."""
         longest = max(map(len, self.rows))
         context = self.decoder.context
-        return min(MOST if context is None else context - longest, self.cache.length - int(self.pad.max()) - longest)
+        return min(MOST if context is None else context - longest, self.cache.length - longest)
 
-    def first(self, input_ids: Tensor) -> list[list[int]]:
+    def first(self) -> list[list[int]]:
         """The token behind each prompt, by the same rule as every later one."""
-        logits = self.decoder.prefill(input_ids, self.pad, self.cache)
+        logits = self.decoder.prefill(*prompt(self.rows), self.cache)
         if self.simple:
             return likeliest(logits)[0].tolist()
         nothing = torch.empty(len(self.rows), 0, dtype=torch.int64)
@@ -261,9 +259,9 @@ class Checker:
         """The new tokens of each row, [B][K+1], and how many of them count."""
         drafted = proposal.tokens
         last = torch.tensor([[row[-1]] for row in self.rows])
-        position = self.pad + torch.tensor([len(row) - 1 for row in self.rows])
+        position = torch.tensor([len(row) - 1 for row in self.rows])
         filled = int(position.max()) + 1 + drafted.shape[1]
-        where = (position, self.pad, self.cache, filled)
+        where = (position, torch.zeros_like(position), self.cache, filled)
         if drafted.shape[1] == 0:
             if self.simple:
                 return self.decoder.likeliest(last, *where)[0].tolist(), [1] * len(self.rows)

@@ -1,6 +1,6 @@
 """One forward of a causal language model as a pure function of tensors.
 
-    prompt(input_ids [B, Q], pad [B], keys, values)              -> logits of the last token [B, V]
+    prompt(input_ids [B, Q], count [B], keys, values)            -> logits of token count - 1 of each row [B, V]
     step(input_ids [B, Q], position [B], pad [B], keys, values)  -> logits [B, V] of the last token, or [B, Q, V]
 
 Slots are absolute: token q of row b is written to slot ``position[b] + q``; slots below ``pad[b]`` are padding. The
@@ -26,13 +26,18 @@ Tensors = Sequence[Tensor]
 
 
 def make_prompt(model: nn.Module) -> Callable[[Tensor, Tensor, Tensors, Tensors], Tensor]:
-    """The step of a whole prompt, ready to be compiled with Q dynamic. The head runs on the last row only."""
+    """The step of a whole prompt, ready to be compiled with Q dynamic. The head runs on each row's last token only.
+
+    Row b has ``count[b]`` tokens, and anything behind them: what is written there is written again before it is read.
+    Rows padded in front would stand in other slots than alone, and their sums in other blocks of attention.
+    """
     run = _forward(model, last_only=True)
 
-    def prompt(input_ids: Tensor, pad: Tensor, keys: Tensors, values: Tensors) -> Tensor:
-        position = torch.zeros_like(pad)
+    def prompt(input_ids: Tensor, count: Tensor, keys: Tensors, values: Tensors) -> Tensor:
+        position = torch.zeros_like(count)
         slots = _slots(position, input_ids)
-        return run(input_ids, slots, pad, PromptView(keys, values, position, slots), input_ids.shape[1])
+        view = PromptView(keys, values, position, slots)
+        return run(input_ids, slots, position, view, input_ids.shape[1], count - 1)
 
     return own_code(prompt)
 
@@ -52,13 +57,15 @@ def _slots(position: Tensor, input_ids: Tensor) -> Tensor:
     return position[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)  # [B, Q]
 
 
-def _forward(model: Any, *, last_only: bool) -> Callable[[Tensor, Tensor, Tensor, CacheView, int], Tensor]:
+def _forward(model: Any, *, last_only: bool) -> Callable[..., Tensor]:
     accepted = inspect.signature(model.forward).parameters
-    takes_positions = "position_ids" in accepted
-    extra: dict[str, Any] = {"logits_to_keep": 1} if last_only and "logits_to_keep" in accepted else {}
+    takes_positions, keeps = "position_ids" in accepted, "logits_to_keep" in accepted
     swappable, dtype = attention.serves(model), model.dtype
 
-    def run(input_ids: Tensor, slots: Tensor, pad: Tensor, cache: CacheView, n: int) -> Tensor:
+    def run(
+        input_ids: Tensor, slots: Tensor, pad: Tensor, cache: CacheView, n: int, last: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, Q, V], or [B, V] of the last token; ``last`` [B]: of this token of each row."""
         slot = torch.arange(n, device=input_ids.device)  # [n]
         real = slot[None, :] >= pad[:, None]  # [B, n]
         if swappable:
@@ -67,7 +74,9 @@ def _forward(model: Any, *, last_only: bool) -> Callable[[Tensor, Tensor, Tensor
             seen = (slot[None, None, :] <= slots[:, :, None]) & real[:, None, :]  # [B, Q, n]
             seen = seen | (slot[None, None, :] == slots[:, :, None])
             mask = attention.additive(seen[:, None], dtype)  # [B, 1, Q, n]
-        places = {"position_ids": (slots - pad[:, None]).clamp_min(0)} if takes_positions else {}
+        places: dict[str, Any] = {"position_ids": (slots - pad[:, None]).clamp_min(0)} if takes_positions else {}
+        if last_only and keeps:
+            places["logits_to_keep"] = 1 if last is None else last
         out = model.forward(
             input_ids=input_ids,
             attention_mask=mask,
@@ -75,8 +84,10 @@ def _forward(model: Any, *, last_only: bool) -> Callable[[Tensor, Tensor, Tensor
             use_cache=True,
             return_dict=True,
             **places,
-            **extra,
         )
+        if last is not None:
+            row = torch.arange(len(last), device=last.device)
+            return out.logits[row, row if keeps else last]
         return out.logits[:, -1] if last_only else out.logits
 
     return run

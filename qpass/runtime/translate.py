@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from torch import Tensor
-
 from qpass.runtime.draft import NONE, Request, ask, begin, warm_up
 from qpass.runtime.kv import KVCache
 from qpass.runtime.rows import synced
@@ -39,8 +37,8 @@ class TranslatedDraft:
         self._target, self._source = _Vocabulary(tokenizer), _Vocabulary(draft_tokenizer)
         self._seen: list[_Row] = []
 
-    def begin(self, cache: KVCache, pad: Tensor) -> None:
-        begin(self.draft, cache, pad)
+    def begin(self, cache: KVCache) -> None:
+        begin(self.draft, cache)
 
     def warm_up(self, batch: int, *, greedy: bool) -> None:
         warm_up(self.draft, batch, greedy=True)

@@ -21,25 +21,36 @@ def _run(model, step, *args):
 
 @pytest.mark.parametrize("name", tiny_decoders.CONFIGS)
 def test_rows_at_their_own_positions_give_the_logits_of_a_plain_forward(name):
-    """Prompt with one padded row, a token, tokens that are rejected, and others in their place at ragged positions."""
+    """Prompts of two lengths, a token, tokens that are rejected, and others in their place at ragged positions."""
     model = tiny_decoders.build(name)
     ids = tiny_decoders.prompt(14, batch=2)
-    pad = torch.tensor([3, 0])
+    count, pad = torch.tensor([5, 8]), torch.tensor([0, 0])
     with torch.no_grad():
-        wanted = [model(ids[:1, 3:]).logits[0], model(ids[1:]).logits[0]]
+        wanted = model(ids).logits
     cache = KVCache.allocate(probe(model), 2, 32)
     part = cache.first(8)
     step = make_step(model, last_only=False)
-    last = _run(model, make_prompt(model), ids[:, :8], pad, part.keys, part.values)
-    one = _run(model, step, ids[:, 8:9], torch.tensor([8, 8]), pad, cache.keys, cache.values)
+    last = _run(model, make_prompt(model), ids[:, :8], count, part.keys, part.values)
+    one = _run(model, step, torch.stack([ids[0, 5:6], ids[1, 8:9]]), count, pad, cache.keys, cache.values)
     rejected = tiny_decoders.prompt(3, seed=5, batch=2)
-    _run(model, step, rejected, torch.tensor([9, 9]), pad, cache.keys, cache.values)
-    ragged = torch.stack([ids[0, 9:13], ids[1, 8:12]])
-    four = _run(model, step, ragged, torch.tensor([9, 8]), pad, cache.keys, cache.values)
-    for got, row, place in ((last[0], 0, 7), (last[1], 1, 7), (one[0, 0], 0, 8), (one[1, 0], 1, 8)):
-        torch.testing.assert_close(got, wanted[row][place - int(pad[row])], atol=CLOSE, rtol=CLOSE)
+    _run(model, step, rejected, count + 1, pad, cache.keys, cache.values)
+    ragged = torch.stack([ids[0, 6:10], ids[1, 8:12]])
+    four = _run(model, step, ragged, torch.tensor([6, 8]), pad, cache.keys, cache.values)
+    for got, row, place in ((last[0], 0, 4), (last[1], 1, 7), (one[0, 0], 0, 5), (one[1, 0], 1, 8)):
+        torch.testing.assert_close(got, wanted[row][place], atol=CLOSE, rtol=CLOSE)
     torch.testing.assert_close(four[0], wanted[0][6:10], atol=CLOSE, rtol=CLOSE)
     torch.testing.assert_close(four[1], wanted[1][8:12], atol=CLOSE, rtol=CLOSE)
+
+
+def test_slots_in_front_of_a_row_may_be_empty():
+    """A row that starts at slot 3 gets the positions and the logits of one that starts at slot 0."""
+    model = tiny_decoders.build("llama")
+    ids, pad = tiny_decoders.prompt(9), torch.tensor([3])
+    with torch.no_grad():
+        wanted = model(ids).logits
+    cache, step = KVCache.allocate(probe(model), 1, 16), make_step(model, last_only=False)
+    got = [_run(model, step, ids[:, i : i + 3], pad + i, pad, cache.keys, cache.values) for i in (0, 3, 6)]
+    torch.testing.assert_close(torch.cat(got, 1), wanted, atol=CLOSE, rtol=CLOSE)
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -88,15 +99,15 @@ def test_int8_keys_and_values_cost_little():
     largest value of a head, and two layers of it leave more than 25."""
     model = tiny_decoders.build("llama")
     ids = tiny_decoders.prompt(14, batch=2)
-    pad = torch.tensor([3, 0])
+    count, pad = torch.tensor([5, 8]), torch.tensor([0, 0])
     logits = []
     for int8 in (False, True):
         cache = KVCache.allocate(probe(model), 2, 32, int8=int8)
         part = cache.first(8)
-        last = _run(model, make_prompt(model), ids[:, :8], pad, part.keys, part.values)
-        ragged = torch.stack([ids[0, 8:12], ids[1, 7:11]])
+        last = _run(model, make_prompt(model), ids[:, :8], count, part.keys, part.values)
+        ragged = torch.stack([ids[0, 5:9], ids[1, 7:11]])
         four = _run(
-            model, make_step(model, last_only=False), ragged, torch.tensor([8, 7]), pad, cache.keys, cache.values
+            model, make_step(model, last_only=False), ragged, torch.tensor([5, 7]), pad, cache.keys, cache.values
         )
         logits.append(torch.cat([last[:, None], four], 1))
     assert sqnr_db(*logits) > 25
@@ -115,7 +126,7 @@ def test_a_prompt_may_be_read_in_pieces(name):
     ids, pad = tiny_decoders.prompt(12), torch.zeros(1, dtype=torch.int64)
     for int8 in (False, True):
         whole, pieces = (KVCache.allocate(probe(model), 1, 12, int8=int8) for _ in range(2))
-        one = _run(model, make_prompt(model), ids, pad, whole.keys, whole.values)
+        one = _run(model, make_prompt(model), ids, pad + 12, whole.keys, whole.values)
         step = make_step(model, last_only=True)
         for begin, end in ((0, 5), (5, 6), (6, 12)):
             two = _run(model, step, ids[:, begin:end], torch.tensor([begin]), pad, pieces.keys, pieces.values)

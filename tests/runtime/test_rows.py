@@ -54,7 +54,7 @@ def test_one_at_a_time_and_several_at_once(scheme: str, kv_dtype: str | None) ->
 
     def filled() -> KVCache:
         cache = decoder.allocate(1, PROMPT + TOKENS)
-        decoder.prefill(ids[:, :PROMPT], pad, cache)
+        decoder.prefill(ids[:, :PROMPT], pad + PROMPT, cache)
         return cache
 
     one = filled()

@@ -52,7 +52,7 @@ def profile(
     )
     pad = torch.zeros(1, dtype=torch.int64)
     with torch.no_grad():
-        decoder.prefill(ids, pad, cache)
+        decoder.prefill(ids, pad + context, cache)
 
         def step(i: int) -> None:
             position = torch.full((1,), context + i, dtype=torch.int64)
