@@ -14,8 +14,8 @@ from qpass.cpu import TIERS, Cpu, Rates, Tier
 from qpass.kernels.format import BLOCK, KernelFormat
 
 Path = Literal["linear", "stream", "panel", "tiles"]
-"""linear: weights in the order they lie in, few accumulators. stream: four vectors abreast, codes unpacked in registers
-again for each tile of rows. panel: unpacked once into the L1 cache. tiles: the same panel, fed to AMX."""
+"""linear: weights in the order they lie in, few accumulators. stream: vectors abreast, codes unpacked in registers, again
+for each tile of rows from the cache. panel: unpacked once into the L2 cache. tiles: a panel, fed to AMX."""
 
 SERVED: tuple[Tier, ...] = TIERS[1:]
 
@@ -24,6 +24,8 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
 LANES = 16
 SEGMENT = {"a16": 128, "a8": 256}  # inputs between stores of the accumulators without groups (cpp/layout.h)
+
+SPAN = {"a16": 1024, "a8": 2048}  # the same where several tiles walk a span of K each (cpp/segment.h)
 
 UNPACK_OPS = {
     # vector instructions that make one operand of codes, counted in cpp/isa_*.h; loads apart
@@ -36,7 +38,8 @@ UNPACK_OPS = {
     (3, "a16"): 2.5,  # select, shift, lookup
     (2, "a16"): 1.75,
 }
-FOLD_OPS = 15.0  # a finished group into 16 totals: convert, zero, scale, add, load, store; measured on Zen 4, 2026-11
+FOLD_OPS = 12.0  # a finished group into 16 totals: zero, convert, scale, add, load, store; measured on Zen 4, 2026-11
+HELD_FOLD_OPS = 7.0  # the same where the totals wait in registers; measured on Zen 4, 2026-11
 DOT_EFFICIENCY = 0.79  # of the peak inside a tile: its loop, and the loads that begin it; measured on Zen 4, 2026-11
 LOAD_OPS = 0.5  # a load of 64 bytes beside arithmetic: two a cycle on every core since Haswell
 STORE_OPS = 2.0  # a store of 64 bytes: one a cycle
@@ -124,7 +127,8 @@ def linear_limit(format: KernelFormat, tier: Tier) -> int:
 
 
 def tile_rows(format: KernelFormat, tier: Tier, path: Path) -> int:
-    """Rows of a register tile: 24 of 32 accumulators, 8 of 16, or an AMX tile. Making bytes of 3 bits takes registers."""
+    """The most rows of a register tile (``Tuning`` in ``cpp/isa_*.h``): AVX-512 has 24 accumulators, or 12 and their
+    totals, AVX2 8; or an AMX tile. Making bytes of 3 bits takes registers."""
     if path == "tiles":
         return 16
     crowded = format.bits == 3 and format.rule != "a16" and path != "panel"
@@ -149,9 +153,12 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
     passes = -(-shape.m // rows)  # of a tile over the weights
     operands = n * k / macs_of_dot  # of 64 bytes
     dots = operands * shape.m
-    segment = format.group or SEGMENT[kind]
+    spans = tier not in ("avx2", "avx_vnni") and (path == "panel" or (path == "stream" and passes > 1))
+    segment = format.group or (SPAN if spans else SEGMENT)[kind]
     folds = shape.m * n / LANES * -(-k // segment)
-    folding = folds * FOLD_OPS / rates.vector_ops  # behind the tile that it closes: nothing to overlap with
+    folding = (
+        folds * (HELD_FOLD_OPS if spans else FOLD_OPS) / rates.vector_ops
+    )  # behind the tile that it closes: nothing to overlap with
     unpacking = operands * UNPACK_OPS[format.bits, kind]
     if path == "tiles":
         unpacked = unpacking + 2 * LOAD_OPS * operands

@@ -15,8 +15,8 @@ from qpass.kernels.format import KernelFormat
 from qpass.kernels.plan import Tuning
 from qpass.kernels.store import cache_folder, open_folder
 
-VERSION = 1
-"""Of the file's meaning; another one is ignored."""
+VERSION = 2
+"""Of the kernels that were timed, and of the file's meaning; another one is ignored."""
 
 
 def _path(format: KernelFormat, cpu: Cpu, tier: Tier) -> Path:

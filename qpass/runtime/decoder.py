@@ -170,6 +170,13 @@ class Decoder:
         """The number of logits."""
         return self.model.get_output_embeddings().weight.shape[0]
 
+    def check_ids(self, input_ids: Tensor) -> None:
+        """Raise OptionError for a token that the model's embedding doesn't have: compiled code would end the process."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        least, most = (int(end) for end in input_ids.aminmax())
+        if least < 0 or most >= rows:
+            raise OptionError(f"token {least if least < 0 else most} is not in the vocabulary of {rows} tokens")
+
     def check_length(self, prompt: int, new: int) -> None:
         """Raise OptionError unless that many prompt and new tokens fit into the model's context."""
         if new < 1:

@@ -86,6 +86,7 @@ class Speculator:
         """
         how, decoder = sampling or Sampling(), self.decoder
         pad = left_padding(input_ids, attention_mask)
+        decoder.check_ids(input_ids)
         decoder.check_length(input_ids.shape[1], max_new_tokens)
         eos = decoder.eos(eos_token_id)
         input_ids, pad = at_least_two(input_ids, pad)

@@ -178,6 +178,8 @@ def test_repetition_penalty_sees_the_tokens_so_far():
     ("ids", "options", "message"),
     [
         (torch.zeros(1, 0, dtype=torch.int64), {}, "the prompt is empty"),
+        (torch.tensor([[3, 97]]), {}, "token 97 is not in the vocabulary of 97 tokens"),
+        (torch.tensor([[3, -1]]), {}, "token -1 is not in the vocabulary"),
         (tiny_decoders.prompt(160), {"max_new_tokens": 1}, "prompt has 160 tokens; the model's context is 160"),
         (tiny_decoders.prompt(150), {"max_new_tokens": 20}, "at most 10 new tokens fit"),
         (tiny_decoders.prompt(5), {"max_new_tokens": 0}, "max_new_tokens is 0"),

@@ -1,70 +1,24 @@
 // One block of 64 outputs times some rows: register tiles of rows x vectors abreast, group after group.
 // The order of operations on one output never depends on how many rows are computed with it, so neither do its bits.
 #pragma once
-#include "prologue.h"
-
-#ifndef QPASS_PREFETCH_BYTES
-#define QPASS_PREFETCH_BYTES 8192  // how far ahead of its use a weight is asked for
-#endif
+#include "fold.h"
+#include "segment.h"
 
 namespace qpass {
 
-// Where a tile's weights come from: packed codes on their way from memory, read in the order they lie in or with
-// vectors abreast; packed codes in the cache; an unpacked panel.
-enum Source { kLinear, kStream, kCached, kPanel };
-
-// Into the L2 cache: aimed at L1, the few line fill buffers of a core would hold a thread to half of the memory's
-// bandwidth.
-QPASS_INLINE void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p + QPASS_PREFETCH_BYTES, _MM_HINT_T1); }
-
-template <class F>
-QPASS_INLINE void prefetch_row(const uint8_t* chunk, int row) {
-  for (int line = F::lines(row); line < F::lines(row + 1); line++) prefetch(chunk + line * kRow);
-}
-
-// One segment of one group.
-struct Segment {
-  const uint8_t* codes;
-  const uint8_t* scales;
-  const uint8_t* zeros;
-  int chunks;
-  bool first, last;  // of its group
-  int64_t group;
-};
-
-template <class F>
-QPASS_INLINE Segment segment_of(const uint8_t* block, int64_t k, int64_t segments, int64_t i) {
-  const int64_t group = F::grouped ? i : 0;
-  const uint8_t* record = block + group * F::group_bytes(k);
-  const uint8_t* codes = record + (F::grouped ? 0 : i * F::segment_chunks * F::chunk_bytes);
-  const uint8_t* scales = record + F::group_codes(k);
-  const int64_t left = F::padded_k(k) / F::chunk - i * F::segment_chunks;
-  const int chunks = int(left < F::segment_chunks ? left : F::segment_chunks);
-  return {codes, scales, scales + kBlock * F::scale_bytes, chunks, i == 0, i == segments - 1, group};
-}
-
-// What a tile walks in one go: segments [begin, end) of a block; with a panel, that of `begin` comes first in it.
-struct Span {
-  const uint8_t* block;
-  int64_t k, segments, begin, end;
-  const uint8_t* panel;
-};
-
-// As many segments as an unpacked panel in half of an L1 cache of 32 KB holds.
-template <class F>
-constexpr int kPanelSegments = F::segment < (F::a16 ? 128 : 256) ? (F::a16 ? 128 : 256) / F::segment : 1;
-template <class F>
-constexpr int kPanelSegmentBytes = F::segment_chunks* F::panel_chunk_bytes;
-
-// Sums of a tile: `Rows` rows x `Vectors` vectors from `first` on.
+// Products of `Rows` rows with segment s, vectors [first, first + Vectors); `next`: the activations that come after x.
 template <class F, int Rows, int Vectors, Source From>
-QPASS_INLINE void multiply(Sum<F> (&sums)[Rows][Vectors], const uint8_t* w, const uint8_t* x, int chunks, int first) {
-  constexpr int stride = F::segment * F::element;
+QPASS_INLINE void multiply(Sum<F> (&sums)[Rows][Vectors], const Span& span, int64_t index, const Segment& s, int first,
+                           const uint8_t* x, const uint8_t* next) {
+  constexpr int stride = F::segment * F::element, x_chunk = F::chunk * F::element;
   constexpr int together = F::bits == 3 && F::code_rows > 1 ? 2 : 1;  // rows of one vector that share third bits
   const Codes<F> codes;
+  const uint8_t* w = From == kPanel ? span.panel + (index - span.begin) * kPanelSegmentBytes<F> : s.codes;
+  const int chunks = F::grouped && (From == kCached || From == kPanel) ? F::segment_chunks : s.chunks;
+  int64_t ahead = span.ahead;
   auto row = [&](int i, int r, int half) __attribute__((always_inline)) {
     const int at = (first + i) * F::code_rows + r;
-    if (From == kStream) prefetch_row<F>(w, at);
+    if (From == kStream || From == kCached) prefetch_row<F>(w + ahead, at);
 #pragma GCC unroll 8
     for (int p = 0; p < F::planes; p++) {
       const auto v = codes.plane(row_of<F>(w, at, half), half, p);
@@ -77,15 +31,25 @@ QPASS_INLINE void multiply(Sum<F> (&sums)[Rows][Vectors], const uint8_t* w, cons
     if constexpr (together == 2) row(i, r, 0), row(i, r + 1, 1);
     else row(i, r, F::bits == 3 ? (first + i) % 2 : 0);
   };
-  for (int c = 0; c < chunks; c++, x += F::chunk * F::element) {
+  for (int c = 0; c < chunks; c++, x += x_chunk) {
+    if (From == kCached || From == kPanel) {
+#pragma GCC unroll 6
+      for (int m = 0; m < Rows; m++)
+        for (int line = 0; line < x_chunk; line += kRow) prefetch_l1(next + c * x_chunk + m * stride + line);
+    }
+    if (From == kCached || From == kPanel)
+      ahead = (int(index) * F::segment_chunks + c) % span.turns == span.turn ? span.ahead : 0;
     if constexpr (From == kPanel) {
-      for (int s = 0; s < F::steps; s++) {
+      constexpr int lines = F::chunk_bytes / kRow * Vectors / kVectors, at_once = lines < F::steps ? 1 : lines / F::steps;
+      const uint8_t* later = s.codes + ahead + c * F::chunk_bytes + first * (F::chunk_bytes / kVectors);
+      for (int t = 0; t < F::steps; t++) {
+        for (int i = 0; i < at_once; i++) prefetch(later + (t * lines / F::steps + i) * kRow);
         decltype(load_operand<F>(w)) v[Vectors];
 #pragma GCC unroll 4
-        for (int i = 0; i < Vectors; i++) v[i] = load_operand<F>(w + ((first + i) * F::steps + s) * kRow);
+        for (int i = 0; i < Vectors; i++) v[i] = load_operand<F>(w + ((first + i) * F::steps + t) * kRow);
 #pragma GCC unroll 6
         for (int m = 0; m < Rows; m++) {
-          const auto b = broadcast<F>(x + m * stride + s * 4);
+          const auto b = broadcast<F>(x + m * stride + t * 4);
 #pragma GCC unroll 4
           for (int i = 0; i < Vectors; i++) sums[m][i] = dot<F>(sums[m][i], v[i], b);
         }
@@ -105,90 +69,94 @@ QPASS_INLINE void multiply(Sum<F> (&sums)[Rows][Vectors], const uint8_t* w, cons
   }
 }
 
-// A finished group into the fp32 totals: scale x (dot - zero * sum of the activations).
-template <class F>
-QPASS_INLINE F32 fold(I32 dots, F32 total, F32 scale, I32 zero, const Prepared<F>& p, int64_t g, int64_t row) {
-  const I32 minus_sum = set(p.sum_i32(g)[row]);
-  if constexpr (F::grouped) {  // a group's sum fits 16 bits
-    dots = add_product16(dots, zero, minus_sum);
-    if constexpr (F::rule == QPASS_A8_TOKEN_GROUP) scale = mul(scale, set(p.scale(g)[row]));
-    return fma(to_float(dots), scale, total);
-  } else {
-    return mul(to_float(add(dots, mul(zero, minus_sum))), scale);
-  }
-}
-
-template <class F>
-QPASS_INLINE F32 fold(F32 dots, F32 total, F32 scale, F32 zero, const Prepared<F>& p, int64_t g, int64_t row) {
-  const F32 centered = fnma(zero, set(p.sum_f32(g)[row]), dots);
-  return F::grouped ? fma(scale, centered, total) : mul(scale, centered);
-}
-
-// The zeros of vector v as fold() wants them: relative to the center that the operands already lack.
-template <class F, class C = Codes<F>>
-QPASS_INLINE Sum<F> fold_zeros(const uint8_t* zeros, int v) {
-  const I32 z = load_zeros(zeros, v);
-  if constexpr (F::a16) return sub(to_float(z), set(float(C::center)));
-  else if constexpr (C::center == 0) return z;
-  else if constexpr (F::grouped) return and_(sub(z, set(C::center)), set(0xffff));
-  else return sub(z, set(C::center));
-}
-
-// Unfinished sums wait where the totals will be.
-QPASS_INLINE void load_sum(const float* p, F32& v) { v = load_f32(p); }
-QPASS_INLINE void load_sum(const float* p, I32& v) { v = load(p); }
-QPASS_INLINE void store_sum(float* p, F32 v) { store_f32(p, v); }
-QPASS_INLINE void store_sum(float* p, I32 v) { store(p, v); }
-
-// The lines of scales and zeros ask for what lies ahead of them, as those of codes do: one in twenty left out costs a
-// stall each, and half of the speed of a single row.
-template <class F>
-QPASS_INLINE void prefetch_tail(const Segment& s) {
-  for (const uint8_t* line = s.scales; line < s.zeros + kBlock; line += kRow) prefetch(line);
-}
-
-// `total` and the activations are those of the tile's row 0, row `row` of the call.
-template <class F, int Rows, Source From>
-__attribute__((noinline)) void tile(const Span& span, const Prepared<F>& p, int64_t row, float* total) {
-  constexpr int vectors = abreast(Rows);
-  for (int64_t index = span.begin; index < span.end; index++) {
-    const Segment s = segment_of<F>(span.block, span.k, span.segments, index);
-    const uint8_t* w = From == kPanel ? span.panel + (index - span.begin) * kPanelSegmentBytes<F> : s.codes;
-    const bool fresh = F::grouped || s.first;
-    if (From == kStream) prefetch_tail<F>(s);
-    for (int v = 0; v < kVectors; v += vectors) {
-      float* part = total + v * kLanes;
-      Sum<F> sums[Rows][vectors];
-#pragma GCC unroll 6
-      for (int m = 0; m < Rows; m++)
+// Rows [row, row + Rows) of vectors [first, first + Vectors) over segments [begin, end): `part` is where their totals
+// begin. Totals that all of a span goes through wait in registers.
+template <class F, int Rows, int Vectors, Source From>
+QPASS_INLINE void column(const Span& span, int64_t begin, int64_t end, const Prepared<F>& p, int64_t row, int first,
+                         float* part) {
+  constexpr bool cached = From == kCached || From == kPanel, held = F::grouped && cached && Tuning<F>::holds_totals;
+  Sum<F> sums[Rows][Vectors];
+  F32 totals[Rows][Vectors];
+  auto each = [&](auto&& act) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-        for (int i = 0; i < vectors; i++) {
-          if (fresh) sums[m][i] = Sum<F>{};
-          else load_sum(part + m * kBlock + i * kLanes, sums[m][i]);
-        }
-      multiply<F, Rows, vectors, From>(sums, w, p.element(index, row), s.chunks, v);
-      if (F::grouped || s.last) {
-#pragma GCC unroll 4
-        for (int i = 0; i < vectors; i++) {
-          const F32 scale = load_scales<F>(s.scales, v + i);
-          const auto zero = fold_zeros<F>(s.zeros, v + i);
+    for (int i = 0; i < Vectors; i++)
 #pragma GCC unroll 6
-          for (int m = 0; m < Rows; m++) {
-            float* out = part + m * kBlock + i * kLanes;
-            store_f32(out, fold<F>(sums[m][i], load_f32(out), scale, zero, p, s.group, row + m));
-          }
-        }
-      } else {
-#pragma GCC unroll 6
-        for (int m = 0; m < Rows; m++)
+      for (int m = 0; m < Rows; m++) act(m, i, part + m * kBlock + i * kLanes);
+  };
+  // Zero points come first where a cache has them: a product instead of a zero to start at. Else last, as they arrive.
+  auto begin_sums = [&](const Segment& s) __attribute__((always_inline)) {
+    if constexpr (F::a16 || !cached) return each([&](int m, int i, float*) { sums[m][i] = Sum<F>{}; });
+    const auto* x_sums = p.sum(s.group) + row;
 #pragma GCC unroll 4
-          for (int i = 0; i < vectors; i++) store_sum(part + m * kBlock + i * kLanes, sums[m][i]);
+    for (int i = 0; i < Vectors; i++) {
+      const auto zero = fold_zeros<F>(s.zeros, first + i);
+#pragma GCC unroll 6
+      for (int m = 0; m < Rows; m++) sums[m][i] = start<F>(zero, x_sums, m);
+    }
+  };
+  auto fold_sums = [&](Segment s) __attribute__((always_inline)) {
+    // Not before the products: loads that jump ahead of the stream of codes would end the hardware's prefetching of it.
+    if constexpr (!cached) __asm__ volatile("" : "+r"(s.scales), "+r"(s.zeros));
+    const auto* x_sums = p.sum(s.group) + row;
+    const float* x_scales = p.scale(s.group) + row;
+#pragma GCC unroll 4
+    for (int i = 0; i < Vectors; i++) {
+      const F32 scale = load_scales<F>(s.scales, first + i);
+      const auto zero = fold_zeros<F>(s.zeros, first + i);
+#pragma GCC unroll 6
+      for (int m = 0; m < Rows; m++) {
+        float* at = part + m * kBlock + i * kLanes;
+        if constexpr (!F::a16 && !cached) sums[m][i] = add(sums[m][i], start<F>(zero, x_sums, m));
+        const F32 total = fold<F>(sums[m][i], held ? totals[m][i] : load_f32(at), scale, zero, x_sums, x_scales, m);
+        if constexpr (held) totals[m][i] = total;
+        else store_f32(at, total);
       }
     }
+  };
+  auto segment = [&](int64_t index) __attribute__((always_inline)) {
+    return segment_of<F>(span.block, span.k, span.segments, index);
+  };
+  if constexpr (held) each([&](int m, int i, float* at) { totals[m][i] = load_f32(at); });
+  if (!F::grouped) {
+    if (begin == 0) begin_sums(segment(0));
+    else each([&](int m, int i, float* at) { load_sum(at, sums[m][i]); });
+  }
+  for (int64_t index = begin; index < end; index++) {
+    const Segment s = segment(index);
+    if (F::grouped) begin_sums(s);
+    const uint8_t* next = index + 1 < end ? p.element(index + 1, row) : p.element(begin, row + Rows);
+    multiply<F, Rows, Vectors, From>(sums, span, index, s, first, p.element(index, row), next);
+    if (F::grouped) fold_sums(s);
+  }
+  if (!F::grouped) {
+    if (end == span.segments) fold_sums(segment(end - 1));
+    else each([&](int m, int i, float* at) { store_sum(at, sums[m][i]); });
+  }
+  if constexpr (held) each([&](int m, int i, float* at) { store_f32(at, totals[m][i]); });
+}
+
+// `total` and the activations are those of the tile's row 0, row `row` of the call. What comes from memory is read group
+// by group, what a cache holds vector by vector.
+template <class F, int Rows, Source From>
+__attribute__((noinline)) void tile(const Span& span, const Prepared<F>& p, int64_t row, float* total) {
+  constexpr bool cached = (From == kCached || From == kPanel) && Tuning<F>::holds_totals;
+  constexpr int vectors = abreast<F>(Rows, cached && F::grouped);
+  if (!cached) {
+    for (int64_t index = span.begin; index < span.end; index++) {
+      if (From == kStream || (From == kCached && span.turn == 0))
+        prefetch_tail<F>(segment_of<F>(span.block, span.k, span.segments, index), span.ahead);
+      for (int v = 0; v < kVectors; v += vectors)
+        column<F, Rows, vectors, From>(span, index, index + 1, p, row, v, total + v * kLanes);
+    }
+  } else {
+    for (int64_t index = span.begin; span.turn == 0 && index < span.end; index++)
+      prefetch_tail<F>(segment_of<F>(span.block, span.k, span.segments, index), span.ahead);
+    for (int v = 0; v < kVectors; v += vectors)
+      column<F, Rows, vectors, From>(span, span.begin, span.end, p, row, v, total + v * kLanes);
   }
 }
 
-template <class F, Source From, int Most = From == kPanel ? Tuning<F>::panel_tile_rows : Tuning<F>::tile_rows>
+template <class F, Source From, int Most>
 QPASS_INLINE void tile(int rows, const Span& s, const Prepared<F>& p, int64_t row, float* total) {
   if constexpr (Most > 1) {
     if (rows < Most) return tile<F, From, Most - 1>(rows, s, p, row, total);
@@ -201,16 +169,36 @@ template <class F>
 void unpack(const Segment& s, uint8_t* panel) {
   const Codes<F> codes;
   const uint8_t* w = s.codes;
-  prefetch_tail<F>(s);
+  prefetch_tail<F>(s, QPASS_PREFETCH_BYTES);
   for (int c = 0; c < s.chunks; c++, w += F::chunk_bytes)
     for (int v = 0; v < kVectors; v++, panel += F::steps * kRow)
       for (int r = 0; r < F::code_rows; r++) {
         const int at = v * F::code_rows + r, half = F::bits == 3 ? at % 2 : 0;
-        prefetch_row<F>(w, at);
+        prefetch_row<F>(w + QPASS_PREFETCH_BYTES, at);
 #pragma GCC unroll 8
         for (int p = 0; p < F::planes; p++)
           store_operand(panel + Codes<F>::step(r, p) * kRow, codes.plane(row_of<F>(w, at, half), half, p));
       }
+}
+
+// Tiles of almost equal height, all over one span after the other; spans of almost equal length.
+template <class F, Source From, int Most>
+void walk(Span s, const Prepared<F>& p, int64_t row, int64_t rows, float* total, uint8_t* panel) {
+  const int64_t length = ceil_div(s.segments, ceil_div(s.segments, kSpanSegments<F>));
+  s.turns = int(ceil_div(rows, Most));
+  s.ahead = F::grouped ? length * F::group_bytes(s.k) : length * F::segment_chunks * F::chunk_bytes;
+  for (; s.begin < s.segments; s.begin += length) {
+    s.end = s.begin + length < s.segments ? s.begin + length : s.segments;
+    if (From == kPanel)
+      for (int64_t i = s.begin; i < s.end; i++)
+        unpack<F>(segment_of<F>(s.block, s.k, s.segments, i), panel + (i - s.begin) * kPanelSegmentBytes<F>);
+    int64_t at = 0;
+    for (s.turn = 0; s.turn < s.turns; s.turn++) {
+      const int height = int(rows / s.turns + (s.turn < rows % s.turns));
+      tile<F, From, Most>(height, s, p, row + at, total + at * kBlock);
+      at += height;
+    }
+  }
 }
 
 // total[rows][64] = the block's product with rows [row, row + rows) of the prepared activations; total starts at zero.
@@ -218,26 +206,12 @@ template <class F>
 void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows, float* total,
                     uint8_t* panel, const QpassTuning& tuning) {
   using T = Tuning<F>;
-  const bool unpacks = F::unpacks && rows >= tuning.panel_rows;
-  const int64_t tiles = ceil_div(rows, unpacks ? T::panel_tile_rows : T::tile_rows);
-  Span s = {block, k, p.segments, 0, p.segments, panel};
+  const Span s = {block, k, p.segments, 0, p.segments, panel, QPASS_PREFETCH_BYTES, 0, 1};
   if (rows <= T::linear_rows && rows <= tuning.linear_rows)
     return tile<F, kLinear, T::linear_rows>(int(rows), s, p, row, total);
-  if (tiles == 1 && !unpacks) return tile<F, kStream>(int(rows), s, p, row, total);
-  for (; s.begin < p.segments; s.begin += kPanelSegments<F>) {
-    s.end = s.begin + kPanelSegments<F> < p.segments ? s.begin + kPanelSegments<F> : p.segments;
-    if (unpacks)
-      for (int64_t i = s.begin; i < s.end; i++)
-        unpack<F>(segment_of<F>(block, k, p.segments, i), panel + (i - s.begin) * kPanelSegmentBytes<F>);
-    for (int64_t t = 0, at = 0; t < tiles; t++) {  // tiles of almost equal height
-      const int height = int(rows / tiles + (t < rows % tiles));
-      float* out = total + at * kBlock;
-      if (unpacks) tile<F, kPanel>(height, s, p, row + at, out);
-      else if (t == 0) tile<F, kStream>(height, s, p, row + at, out);
-      else tile<F, kCached>(height, s, p, row + at, out);
-      at += height;
-    }
-  }
+  if (F::unpacks && rows >= tuning.panel_rows) return walk<F, kPanel, T::panel_tile_rows>(s, p, row, rows, total, panel);
+  if (rows <= T::tile_rows) return tile<F, kStream, T::tile_rows>(int(rows), s, p, row, total);
+  walk<F, kCached, T::tile_rows>(s, p, row, rows, total, panel);
 }
 
 }  // namespace qpass

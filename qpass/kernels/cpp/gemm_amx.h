@@ -76,8 +76,9 @@ void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64
       unpack<F>(s, panel);
       weights = panel;
     } else {
-      prefetch_tail<F>(s);
-      for (const uint8_t* w = weights; w < weights + s.chunks * F::chunk_bytes; w += kRow) prefetch(w);
+      prefetch_tail<F>(s, QPASS_PREFETCH_BYTES);
+      for (const uint8_t* w = weights; w < weights + s.chunks * F::chunk_bytes; w += kRow)
+        prefetch(w + QPASS_PREFETCH_BYTES);
     }
     for (int64_t at = 0; at < rows; at += kTileRows) {
       const int height = int(rows - at < kTileRows ? rows - at : kTileRows);
@@ -88,11 +89,14 @@ void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64
       for (int v = 0; v < kVectors; v++) {
         const F32 scale = load_scales<F>(s.scales, v);
         const auto zero_point = fold_zeros<F>(s.zeros, v);
+        const auto* x_sums = p.sum(s.group) + row + at;
+        const float* x_scales = p.scale(s.group) + row + at;
         for (int m = 0; m < height; m++) {
           Sum<F> sum;
           load_sum(sums + m * kBlock + v * kLanes, sum);
           float* y = out + m * kBlock + v * kLanes;
-          store_f32(y, fold<F>(sum, load_f32(y), scale, zero_point, p, s.group, row + at + m));
+          if constexpr (!F::a16) sum = add(sum, start<F>(zero_point, x_sums, m));
+          store_f32(y, fold<F>(sum, load_f32(y), scale, zero_point, x_sums, x_scales, m));
         }
       }
     }

@@ -4,18 +4,18 @@
 
 namespace qpass {
 
-constexpr int abreast(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+template <class F>
+constexpr int abreast(int rows, bool) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
 template <class F>
 struct Tuning {
+  static constexpr bool holds_totals = false;
   static constexpr int panel_tile_rows = 4, tile_rows = 4;  // 8 sums leave 8 of the 16 registers for operands
   static constexpr int linear_rows = 1;
 };
 
-// sum + a * b where the lanes of a and b fit 16 bits and a's upper halves are zero.
-QPASS_INLINE I32 add_product16(I32 sum, I32 a, I32 b) {
-  return add(sum, I32{_mm256_madd_epi16(a.a, b.a), _mm256_madd_epi16(a.b, b.b)});
-}
+// a * b where the lanes of a and b fit 16 bits and a's upper halves are zero.
+QPASS_INLINE I32 product16(I32 a, I32 b) { return {_mm256_madd_epi16(a.a, b.a), _mm256_madd_epi16(a.b, b.b)}; }
 
 // Codes of 2 inputs as fp32, and the activations that meet them: bf16 pairs in memory.
 struct Pair {

@@ -6,26 +6,24 @@ namespace qpass {
 
 using Operand = I32;
 
-constexpr int abreast(int) { return kVectors; }
+// Vectors of a tile whose 24 sums, or 12 sums and their totals, are in registers: that leaves 8 of 32 for operands and
+// lookup tables.
+template <class F>
+constexpr int abreast(int, bool held) { return held ? 2 : 4; }
 
 // Measured on Zen 4.
 template <class F>
 struct Tuning {
-  // 24 sums leave 8 of the 32 registers for operands and lookup tables; making bytes of 3 bits needs more.
+  static constexpr bool holds_totals = true;
+  // Making bytes of 3 bits takes registers.
   static constexpr int panel_tile_rows = 6, tile_rows = F::bits == 3 && !F::a16 ? 4 : 6;
   // Up to here the weights are read in the order they lie in, which the hardware prefetches best by itself (31 GB/s a
   // thread against 22). More rows, and bf16 with its longer latency, need several sums in flight: four vectors abreast.
   static constexpr int linear_rows = F::a16 ? 0 : F::bits == 8 ? 6 : 2;
 };
 
-// sum + a * b where the lanes of a and b fit 16 bits and a's upper halves are zero.
-QPASS_INLINE I32 add_product16(I32 sum, I32 a, I32 b) {
-#ifdef __AVX512VNNI__
-  return _mm512_dpwssd_epi32(sum, a, b);
-#else
-  return add(sum, _mm512_madd_epi16(a, b));
-#endif
-}
+// a * b where the lanes of a and b fit 16 bits and a's upper halves are zero.
+QPASS_INLINE I32 product16(I32 a, I32 b) { return _mm512_madd_epi16(a, b); }
 
 template <class F>
 QPASS_INLINE I32 broadcast(const void* p) { return set(*static_cast<const int32_t*>(p)); }

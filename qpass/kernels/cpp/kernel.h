@@ -18,7 +18,7 @@ template <class F>
 struct Kernel {
   static_assert(F::grouped || F::rule != QPASS_A8_TOKEN_GROUP, "without weight groups there is one scale a token");
 
-  static constexpr int64_t kPanelBytes = kPanelSegments<F> * kPanelSegmentBytes<F>;
+  static constexpr int64_t kPanelBytes = F::unpacks ? kSpanSegments<F> * kPanelSegmentBytes<F> : 0;
 
   static int terms(const QpassCall& c) { return F::a16 ? terms_of(c.dtype) : 1; }
   static int64_t output_blocks(const QpassCall& c) { return ceil_div(c.glu ? c.n / 2 : c.n, kBlock); }

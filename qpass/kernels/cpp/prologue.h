@@ -38,6 +38,10 @@ struct Prepared {
   }
   int32_t* sum_i32(int64_t group) const { return (int32_t*)sums + group * stride; }
   float* sum_f32(int64_t group) const { return (float*)sums + group * stride; }
+  const auto* sum(int64_t group) const {
+    if constexpr (F::a16) return sum_f32(group);
+    else return sum_i32(group);
+  }
   float* scale(int64_t group) const { return scales + group * stride; }
 };
 
