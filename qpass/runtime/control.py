@@ -90,15 +90,18 @@ class Controller:
         self._next = self.fixed or 0  # plain steps first: nothing can be judged without their time
 
     def renew(self) -> None:
-        """Begin another text: the history starts anew, costs are kept, and acceptance is no more than a guess."""
+        """Begin another text: the history starts anew, costs are kept, and acceptance is no more than a guess.
+
+        What was lost over the budget is kept as well: texts that all can't be predicted share it, however short they are.
+        """
         self.history, self.switches = [], []
         if self.fixed is not None or self.most == 0:
             return
-        self.on = True
         self._forget()
-        self._lost, self._total = 0.0, 0.0
+        self._lost, self._total = min(max(self._lost - SHARE * self._total, 0.0), ALLOWANCE), 0.0
+        self.on = True  # a round at least
         if len(self._plain) > 1 and self._draft.samples():
-            self._next = min(START, self.most)
+            self._next = min(START, self._plan())
 
     def choose(self) -> int:
         """The number of tokens to ask the draft for in the next round; 0 is a plain step."""

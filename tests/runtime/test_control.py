@@ -133,6 +133,14 @@ def test_another_text_begins_with_what_costs_are_known():
     assert World(accepts=lambda token, i: 0.9).run(controller, 300) < 0.65 * 300 * 36
 
 
+def test_short_texts_share_one_budget():
+    controller, spent = Controller(), 0.0
+    for seed in range(40):
+        controller.renew()
+        spent += World(accepts=lambda token, i: 0.1, seed=seed, **DISTURBED).run(controller, 30)
+    assert spent < 1.03 * 40 * 30 * 36
+
+
 def test_drafts_in_turn_cost_their_mean():
     """A lookup that costs nothing answers in every second round: its zeros are no typical time of the model behind it."""
     controller = Controller()
