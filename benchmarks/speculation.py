@@ -100,14 +100,16 @@ def speed(args: argparse.Namespace) -> list[record.Record]:
             "tokens_a_step": tokens / len(rounds),
             "overall_tpot_ms": steps / tokens,
             "bound_ms": bound,
+            "read_ms": statistics.median(s.read_ms for s in stats[name]),
             "draft_share": sum(each.draft_ms for each in rounds) / steps,
             "loop_share": 1 - spent / steps,
         }
         records.append(record.Record.of("speculation_tpot", times[name], "ms", settings | about, limit=bound))
         print(
-            f"{name:28} {steps / tokens:7.2f} ms a token ({statistics.median(times[name]):.2f} the median prompt), "
+            f"{name:28} {steps / tokens:7.2f} ms a token ({statistics.median(times[name]):.2f} with the draft's prompt, median), "
             f"{tokens / len(rounds):.2f} a step, bound {bound:.2f} reached {bound / (steps / tokens):.0%}, "
-            f"draft {about['draft_share']:.0%}, loop {about['loop_share']:.1%}"
+            f"draft {about['draft_share']:.0%}, loop {about['loop_share']:.1%}, "
+            f"the draft reads the prompt in {about['read_ms']:.0f} ms"
         )
     for name, run in runs.items():
         if name.endswith(" plain"):

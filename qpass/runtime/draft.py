@@ -47,7 +47,8 @@ class Draft(Protocol):
     """Proposes at most ``k`` tokens that may follow each row; fewer or none is as good an answer.
 
     ``rows`` holds each row's real tokens so far, prompt and output, without padding. Optional further methods:
-    ``begin(cache)`` at the start of a generation, ``answer(request)`` in place of ``propose``.
+    ``begin(cache)`` at the start of a generation, ``read(rows)`` once the prompt and its first token are known, ``answer(request)``
+    in place of ``propose``.
     """
 
     def propose(self, rows: Rows, k: int) -> Proposal | Tensor | list[list[int]]: ...
@@ -108,6 +109,10 @@ class FirstOf:
         for draft in self.drafts:
             begin(draft, cache)
 
+    def read(self, rows: Rows) -> None:
+        for draft in self.drafts:
+            read(draft, rows)
+
     def warm_up(self, batch: int, *, greedy: bool) -> None:
         for draft in self.drafts:
             warm_up(draft, batch, greedy=greedy)
@@ -144,6 +149,12 @@ def begin(draft: Any, cache: KVCache) -> None:
         draft.begin(cache)
 
 
+def read(draft: Any, rows: Rows) -> None:
+    """Have a draft that has to read a text before it proposes do so now: what that takes is no round's cost."""
+    if hasattr(draft, "read"):
+        draft.read(rows)
+
+
 def warm_up(draft: Any, batch: int, *, greedy: bool) -> None:
     """Have a draft that compiles something do so before it is needed."""
     if hasattr(draft, "warm_up"):
@@ -168,6 +179,10 @@ class ModelDraft:
     def begin(self, cache: KVCache) -> None:
         self._room = cache.length
 
+    def read(self, rows: Rows) -> None:
+        if self._behind(rows, 1) is None and self._room_for(rows) > 0:
+            self._read(rows)
+
     def warm_up(self, batch: int, *, greedy: bool) -> None:
         self.decoder.warm_up(
             batch, steps=("prompt", "likeliest", "likeliest of several") if greedy else ("prompt", "decode", "block")
@@ -177,34 +192,41 @@ class ModelDraft:
         return self.answer(Request(rows, k))
 
     def answer(self, request: Request) -> Proposal:
-        rows, k = request.rows, request.k
-        if self.decoder.context is not None:
-            k = min(k, self.decoder.context - max(map(len, rows)))
+        rows, k = request.rows, min(request.k, self._room_for(request.rows))
         if k < 1:
             return Proposal(torch.empty(len(rows), 0, dtype=torch.int64))
-        fresh, block, position = self._unread(rows, k)
+        q = self._behind(rows, k)
+        if q is None:
+            self._read(rows)
+            q = min(2, *map(len, rows))
         self._held = []  # whatever ends this early leaves a cache that claims nothing
         assert self._cache is not None
         chain = Chain(self.decoder, self._cache, request)
-        if fresh:
-            chain.read_prompt()
-        else:
-            chain.read(block, position)
+        chain.read(torch.tensor([list(row[-q:]) for row in rows]), torch.tensor([len(row) - q for row in rows]))
         chain.run(k)
         self._held = [[*row, *new[:-1]] for row, new in zip(rows, chain.tokens.tolist(), strict=True)]
         return chain.proposal()
 
-    def _unread(self, rows: Rows, k: int) -> tuple[bool, Tensor, Tensor]:
-        """Whether all is to be read anew; or else what to feed, [B, Q], and the slot of each row's first, [B]."""
-        lengths = torch.tensor([len(row) for row in rows])
-        longest = int(lengths.max())
-        if self._held and len(self._held) == len(rows) and self._cache is not None:
-            q = max(2, *(len(row) - _common(row, held) for row, held in zip(rows, self._held, strict=True)))
-            if longest + k <= self._cache.length and q <= int(lengths.min()) and 2 * q <= max(longest, 2 * MOST):
-                return False, torch.tensor([list(row[-q:]) for row in rows]), lengths - q
-        if self._cache is None or self._cache.batch != len(rows) or self._cache.length < longest + k:
-            self._cache = self.decoder.allocate(len(rows), max(longest + k, self._room))
-        return True, lengths, lengths
+    def _room_for(self, rows: Rows) -> int:
+        """How many more tokens the model's context holds behind the longest row."""
+        context = self.decoder.context
+        return MOST if context is None else context - max(map(len, rows))
+
+    def _behind(self, rows: Rows, k: int) -> int | None:
+        """How many last tokens of each row to feed; None where the rows are to be read anew."""
+        longest, shortest = max(map(len, rows)), min(map(len, rows))
+        if self._cache is None or len(self._held) != len(rows) or longest + k > self._cache.length:
+            return None
+        q = max(2, *(len(row) - _common(row, held) for row, held in zip(rows, self._held, strict=True)))
+        return q if q <= shortest and 2 * q <= max(longest, 2 * MOST) else None
+
+    def _read(self, rows: Rows) -> None:
+        self._held = []
+        longest = max(map(len, rows))
+        if self._cache is None or self._cache.batch != len(rows) or self._cache.length < longest + MOST:
+            self._cache = self.decoder.allocate(len(rows), max(longest + MOST, self._room))
+        self.decoder.prefill(*prompt(rows), self._cache)
+        self._held = [list(row) for row in rows]
 
 
 class LayersDraft:
@@ -257,10 +279,6 @@ class Chain:
     def tokens(self) -> Tensor:
         """All drafted so far, int64 [B, K]."""
         return torch.cat(self._drafted, 1)
-
-    def read_prompt(self) -> None:
-        """Start with whole rows."""
-        self._choose(self._decoder.prefill(*prompt(self._request.rows), self._cache))
 
     def read(self, block: Tensor, position: Tensor) -> None:
         """Start with what the cache lacks of each row, [B, Q] from slot ``position`` on."""

@@ -18,7 +18,7 @@ from qpass.errors import OptionError
 from qpass.runtime.accept import accept_greedy, accept_sampled
 from qpass.runtime.control import Controller
 from qpass.runtime.decoder import Decoder, left_padding
-from qpass.runtime.draft import NONE, Proposal, Request, ask, begin, label, padded, prompt
+from qpass.runtime.draft import NONE, Proposal, Request, ask, begin, label, padded, prompt, read
 from qpass.runtime.kv import KVCache
 from qpass.runtime.sampling import Sampling, block_probabilities, block_processed
 from qpass.runtime.stats import Stats
@@ -116,6 +116,10 @@ class Speculator:
         new = ends.append(rows, first)
         stats.emitted(new, [0] * len(rows), [()] * len(rows), [""] * len(rows))
         yield new
+        if self.draft is not None and any(ends.running):
+            started = time.perf_counter()
+            read(self.draft, rows)
+            stats.read_ms = 1e3 * (time.perf_counter() - started)
         while any(ends.running):
             started = time.perf_counter()
             k = max(0, min(controller.choose(), ends.left(rows) - 1, target.room()))

@@ -27,6 +27,7 @@ class Stats:
     rounds: list[Round] = field(default_factory=list)
     switches: list[Switch] = field(default_factory=list)  # where speculation switched itself off and on
     ttft_ms: float = float("nan")
+    read_ms: float = 0.0  # what the draft took for the prompt, behind the first token
     pieces: list[list[Piece]] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)  # each round after the first token, everything included
     step_tokens: list[int] = field(default_factory=list)  # of all rows
@@ -65,7 +66,7 @@ class Stats:
     def tpot_ms(self) -> float:
         """Time over tokens of the longest row, after its first: what one reader waits for a token on average."""
         tokens = max(map(len, self.pieces), default=0) - 1
-        return sum(self.step_ms) / tokens if tokens > 0 else float("nan")
+        return (self.read_ms + sum(self.step_ms)) / tokens if tokens > 0 else float("nan")
 
     @property
     def token_ms(self) -> list[float]:
@@ -117,7 +118,7 @@ class Stats:
             ("speed", f"{self.tokens_per_second:.1f} tokens/s, TPOT {self.tpot_ms:.1f} ms, TTFT {self.ttft_ms:.0f} ms"),
             ("accepted", f"{self.acceptance:.0%} of the drafted tokens" if any(asked) else "nothing was drafted"),
             ("verify", costs or "none"),
-            ("draft", f"{self.draft_share:.0%} of the time"),
+            ("draft", f"{self.draft_share:.0%} of the time; {self.read_ms:.0f} ms for the prompt"),
             (
                 "loop",
                 f"{self.loop_share:.1%} of the time; the bound for this acceptance is {self.bound_ms:.1f} ms a token",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from qpass.runtime.draft import NONE, Request, ask, begin, warm_up
+from qpass.runtime.draft import NONE, Request, ask, begin, read, warm_up
 from qpass.runtime.kv import KVCache
 from qpass.runtime.rows import synced
 
@@ -42,6 +42,10 @@ class TranslatedDraft:
 
     def warm_up(self, batch: int, *, greedy: bool) -> None:
         warm_up(self.draft, batch, greedy=True)
+
+    def read(self, rows: Sequence[Sequence[int]]) -> None:
+        self._seen = synced(self._seen, rows, lambda: _Row(self._target, self._source))
+        read(self.draft, [row.source or self._source.start or [0] for row in self._seen])
 
     def propose(self, rows: Sequence[Sequence[int]], k: int) -> list[list[int]]:
         """Up to ``k`` of the target's tokens for each row (its real tokens so far)."""
