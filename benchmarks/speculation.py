@@ -27,7 +27,7 @@ import qpass
 from qpass.frontends.hf import Loaded, load
 from qpass.measure import record
 from qpass.runtime.decoder import Decoder
-from qpass.runtime.draft import FirstOf
+from qpass.runtime.draft import FirstOf, ModelDraft
 from qpass.runtime.ngram import NgramDraft
 from qpass.runtime.speculate import Speculator
 from qpass.runtime.stats import Stats
@@ -58,7 +58,7 @@ def speculators(args: argparse.Namespace, loaded: Loaded) -> dict[str, Speculato
         drafts = dict(zip(parts, spec.speculator.draft.drafts, strict=False))
         kinds: dict[str, Any] = {"plain": None} | drafts
         if small is not None:
-            kinds["ngram,model"] = FirstOf(NgramDraft(shortest=3), drafts["model"])
+            kinds["ngram,model"] = FirstOf(NgramDraft(shortest=3), ModelDraft(drafts["model"].decoder))
         for kind in args.kinds or kinds:
             found[f"{scheme} {kind}"] = Speculator(spec.decoder, kinds[kind], k=args.k[0] if kinds[kind] else 0)
     if args.stock:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qpass.measure.record import Record, read
 
-RESULTS, LINEAR = "results", "linear"
-"""The marked parts: generation with whole models; one linear layer."""
+RESULTS, LINEAR, SPECULATION = "results", "linear", "speculation"
+"""The marked parts: generation with whole models; one linear layer; speculative decoding."""
 
 COLUMNS = {
     "ttft": "TTFT ms",
@@ -124,6 +124,44 @@ def _three_digits(ms: float) -> str:
     return f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"
 
 
+def speculation_markdown(records: Iterable[Record]) -> str:
+    """A row a draft: time a token, tokens a step, the bound of its own costs and acceptance; then what verifying costs."""
+    records = list(records)
+    found = {r.settings["variant"]: r for r in records if r.what == "speculation_tpot"}
+    if not found:
+        raise ValueError("no record of speculative decoding")
+    one, base = next(iter(found.values())), found.get("inductor")
+    s = one.settings
+    parts = [
+        f"{s['model']}, draft {s['draft']} in `{s['draft_scheme']}` with its first {s['draft_vocabulary']} tokens, {one.n} "
+        f"HumanEval prompts, {s['new']} new tokens, K = {s['k']}, batch 1, greedy, {s['threads']} threads, {one.machine.cpu} "
+        f"({one.machine.tier}), torch {one.machine.torch}, commit {one.commit}, prompt after prompt in turns:\n",
+        "| target | draft | tokens a step | ms a token | over bf16 | of its bound | the draft's prompt, ms |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, r in found.items():
+        scheme, _, draft = name.partition(" ")
+        s, own = r.settings, scheme == "inductor"
+        ms, read_ms = s["overall_tpot_ms"], s["read_ms"]
+        over = "" if base is None else f"{base.settings['overall_tpot_ms'] / ms:.1f}x"
+        parts.append(
+            f"| {'bf16, stock Inductor' if own else f'`{scheme}`'} | {'-' if own or draft == 'plain' else draft} | "
+            f"{s['tokens_a_step']:.2f} | {ms:.1f} | {over} | {s['bound_ms'] / ms:.0%} | {f'{read_ms:.0f}' if read_ms >= 0.5 else '-'} |"
+        )
+    verified = {(r.settings["scheme"], r.settings["k"]): r for r in records if r.what == "verify"}
+    for scheme in dict.fromkeys(key[0] for key in verified):
+        costs = [(k, r.value / r.settings["plain_ms"]) for (name, k), r in verified.items() if name == scheme and k]
+        parts.append(
+            f"\nVerifying K drafted tokens with `{scheme}` over one plain step, at {one_of(verified, scheme).settings['context']} "
+            "tokens of context: " + ", ".join(f"{cost:.2f} (K = {k})" for k, cost in costs) + "."
+        )
+    return "\n".join(parts)
+
+
+def one_of(records: Mapping[tuple[str, int], Record], scheme: str) -> Record:
+    return next(record for (name, _), record in records.items() if name == scheme)
+
+
 def insert(readme: str, table: str, part: str = RESULTS) -> str:
     """The README's text with one marked part replaced. Raises ValueError where its marks are missing."""
     begin, end = f"<!-- {part}: begin -->", f"<!-- {part}: end -->"
@@ -136,7 +174,13 @@ def insert(readme: str, table: str, part: str = RESULTS) -> str:
 def updated(readme: str, folder: Path) -> str:
     """The README's text with every marked part made anew from the ``.jsonl`` files of a folder."""
     records = [record for path in sorted(folder.glob("*.jsonl")) for record in read(path)]
-    return insert(insert(readme, markdown(records)), linear_markdown(records), LINEAR)
+    for part, made in (
+        (RESULTS, markdown(records)),
+        (LINEAR, linear_markdown(records)),
+        (SPECULATION, speculation_markdown(records)),
+    ):
+        readme = insert(readme, made, part)
+    return readme
 
 
 if __name__ == "__main__":

@@ -180,7 +180,13 @@ class ModelDraft:
         self._room = cache.length
 
     def read(self, rows: Rows) -> None:
-        if self._behind(rows, 1) is None and self._room_for(rows) > 0:
+        """Raises OptionError for a text that is longer than the draft's context."""
+        if self._room_for(rows) < 1:
+            raise OptionError(
+                f"the draft {type(self.decoder.model).__name__} was made for {self.decoder.context} tokens and the text has "
+                f"{max(map(len, rows))}; give a draft with a longer context, or none"
+            )
+        if self._behind(rows, 1) is None:
             self._read(rows)
 
     def warm_up(self, batch: int, *, greedy: bool) -> None:

@@ -70,3 +70,44 @@ def test_marks_are_needed() -> None:
     for part in (table.RESULTS, table.LINEAR):
         with pytest.raises(ValueError, match=f"{part}: begin"):
             table.insert("no marks", "table", part)
+
+
+def speculation(variant: str, ms: float, **more: object) -> Record:
+    about = {
+        "model": "m",
+        "draft": "d",
+        "draft_scheme": "w8a8-dynamic",
+        "draft_vocabulary": 32768,
+        "k": "auto",
+        "new": 9,
+        "threads": 2,
+    }
+    about |= {
+        "variant": variant,
+        "overall_tpot_ms": ms,
+        "bound_ms": 0.9 * ms,
+        "read_ms": 0.0,
+        "tokens_a_step": 1.0,
+    } | more
+    return replace(record("speculation_tpot", "", ms), settings=about)
+
+
+def test_speculation() -> None:
+    """Times over the baseline's; the last record of a variant; verification over a plain step."""
+    verify = [
+        replace(record("verify", "", ms), settings={"scheme": "w4a8-g128", "k": k, "plain_ms": 30.0, "context": 512})
+        for k, ms in ((0, 30.0), (4, 33.0))
+    ]
+    text = table.speculation_markdown(
+        [
+            speculation("w4a8-g128 model", 99.0),
+            speculation("w4a8-g128 model", 20.0, read_ms=179.0, tokens_a_step=3.2),
+            speculation("inductor", 220.0),
+            *verify,
+        ]
+    )
+    assert "| `w4a8-g128` | model | 3.20 | 20.0 | 11.0x | 90% | 179 |" in text
+    assert "| bf16, stock Inductor | - | 1.00 | 220.0 | 1.0x | 90% | - |" in text
+    assert "at 512 tokens of context: 1.10 (K = 4)." in text
+    with pytest.raises(ValueError, match="no record of speculative decoding"):
+        table.speculation_markdown(verify)

@@ -3,6 +3,7 @@
 import pytest
 import tiny_decoders
 import torch
+import transformers
 from drafts import Oracle, Random, Silent
 
 from qpass.errors import OptionError
@@ -176,6 +177,21 @@ def test_up_to_the_last_slot_of_context_and_cache(decoder):
     assert [token for step in steps for token in step[0]] == text[44:]
 
 
+def test_a_draft_of_a_shorter_context(decoder):
+    """It proposes as far as it can; a prompt that it can't hold at all is refused with the reason."""
+    config = tiny_decoders.CONFIGS["llama"]()
+    config.max_position_embeddings = 40
+    short = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    speculator = Speculator(decoder, ModelDraft(Decoder(short)), k=4)
+    ids = tiny_decoders.prompt(20)
+    assert speculator.generate(ids, max_new_tokens=NEW).new_tokens[0] == _plain(decoder, ids)
+    drafted = [sum(each.drafted) for each in speculator.stats.rounds]
+    assert drafted[0] == 4
+    assert drafted[-1] == 0
+    with pytest.raises(OptionError, match="LlamaForCausalLM was made for 40 tokens and the text has 51"):
+        speculator.generate(tiny_decoders.prompt(50), max_new_tokens=4)
+
+
 def test_a_conversation_goes_on_with_the_same_draft(decoder):
     """A draft that holds one text is asked about another, a longer one and a shorter one."""
     draft = ModelDraft(Decoder(tiny_decoders.build("qwen2")))
@@ -224,8 +240,6 @@ def test_a_draft_with_more_tokens_than_the_target(decoder):
     config = tiny_decoders.CONFIGS["llama"]()
     config.vocab_size = 200
     torch.manual_seed(1)
-    import transformers
-
     wide = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     ids = tiny_decoders.prompt(9)
     for how in (Sampling(), Sampling(temperature=1.0)):
