@@ -38,8 +38,8 @@ UNPACK_OPS = {
     (3, "a16"): 2.5,  # select, shift, lookup
     (2, "a16"): 1.75,
 }
-FOLD_OPS = 12.0  # a finished group into 16 totals: zero, convert, scale, add, load, store; measured on Zen 4, 2026-11
-HELD_FOLD_OPS = 7.0  # the same where the totals wait in registers; measured on Zen 4, 2026-11
+FOLD_OPS = 12.0  # a finished group into 16 totals: zero, convert, scale, add, load, store; counted, not fitted
+HELD_FOLD_OPS = 7.0  # the same where the totals wait in registers; counted, not fitted
 DOT_EFFICIENCY = 0.79  # of the peak inside a tile: its loop, and the loads that begin it; measured on Zen 4, 2026-11
 LOAD_OPS = 0.5  # a load of 64 bytes beside arithmetic: two a cycle on every core since Haswell
 STORE_OPS = 2.0  # a store of 64 bytes: one a cycle

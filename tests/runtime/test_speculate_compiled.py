@@ -46,35 +46,52 @@ class _Kept(Decoder):
         return digest.hexdigest()
 
 
-@pytest.mark.parametrize(
-    ("scheme", "kv_dtype"),
-    [("w8a8-dynamic", None), ("w4a8-g32", None), ("w4a8-g32", "int8"), ("w8a16", None), ("w4a16-g32", None)],
-)
-def test_speculation_changes_no_bit(scheme, kv_dtype):
-    torch._dynamo.reset()
-    model = _model()
-    compile = partial(qpass.compile, scheme=scheme, fullgraph=True, dynamic=False)
-    decoder = _Kept(model, compile, kv_dtype=kv_dtype)
-    prompts = [tiny_decoders.prompt(n, seed=n) for n in (3, 9, 6, 2)]
+def _plain(decoder, lengths):
+    """Prompts, their plain continuations, and the digest of the cache behind each."""
+    prompts = [tiny_decoders.prompt(n, seed=n) for n in lengths]
     wanted, held = [], []
     for ids in prompts:
         wanted.append(Speculator(decoder).generate(ids, max_new_tokens=NEW).new_tokens[0])
         held.append(decoder.held(ids.shape[1] + NEW - 1))
     assert len({tuple(text) for text in wanted}) == len(wanted)
     assert len(set(wanted[0])) > 10
+    return prompts, wanted, held
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kv_dtype"),
+    [("w8a8-dynamic", None), ("w4a8-g32", None), ("w4a8-g32", "int8"), ("w8a16", None), ("w4a16-g32", None)],
+)
+def test_speculation_changes_no_bit(scheme, kv_dtype):
+    torch._dynamo.reset()
+    compile = partial(qpass.compile, scheme=scheme, fullgraph=True, dynamic=False)
+    decoder = _Kept(_model(), compile, kv_dtype=kv_dtype)
+    prompts, wanted, held = _plain(decoder, (9, 2, 75))
+    texts = [ids[0].tolist() + new for ids, new in zip(prompts, wanted, strict=True)]
+    for draft in (Oracle(texts, [], wrong=lambda place: place % 5 == 0), Random(512)):
+        for k in KS:
+            for ids, new, digest in zip(prompts, wanted, held, strict=True):
+                speculator = Speculator(decoder, draft, k=k)
+                assert speculator.generate(ids, max_new_tokens=NEW).new_tokens[0] == new, (type(draft).__name__, k)
+                assert decoder.held(ids.shape[1] + NEW - 1) == digest, (type(draft).__name__, k)
+    assert decoder.graphs == 3, "prompt, token and one verification for every k"
+
+
+def test_rows_of_a_batch_have_the_bits_that_they_have_alone():
+    """With the first layers as a draft too, which write to the target's own cache."""
+    torch._dynamo.reset()
+    model = _model()
+    compile = partial(qpass.compile, scheme="w4a8-g32", fullgraph=True, dynamic=False)
+    decoder = _Kept(model, compile)
+    prompts, wanted, held = _plain(decoder, (3, 75, 9, 40))
     texts = [ids[0].tolist() + new for ids, new in zip(prompts, wanted, strict=True)]
     drafts = [
         Oracle(texts, [], wrong=lambda place: place % 5 == 0),
-        LayersDraft(Decoder(first_layers(model, 1), compile, kv_dtype=kv_dtype)),
-        Random(512),
+        LayersDraft(Decoder(first_layers(model, 1), compile)),
     ]
-    for draft in drafts:
-        for k in KS if draft is drafts[0] else (4, "auto"):
-            speculator = Speculator(decoder, draft, k=k)
-            out = speculator.generate(prompts[1], max_new_tokens=NEW)
-            assert out.new_tokens[0] == wanted[1], (type(draft).__name__, k)
-            assert decoder.held(9 + NEW - 1) == held[1], (type(draft).__name__, k)
-    assert decoder.graphs == 3, "prompt, token and one verification for every k"
+    for k in (4, "auto"):
+        assert Speculator(decoder, drafts[1], k=k).generate(prompts[1], max_new_tokens=NEW).new_tokens[0] == wanted[1]
+        assert decoder.held(75 + NEW - 1) == held[1]
     for batch in (2, 4):
         longest = max(ids.shape[1] for ids in prompts[:batch])
         ids = torch.cat([torch.nn.functional.pad(row, (longest - row.shape[1], 0)) for row in prompts[:batch]])
