@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import time
@@ -149,10 +150,11 @@ class Speculation:
     def _tell(self, batch: int) -> None:
         explanation = self.explain()
         least = min((record.same_rows for record in explanation.records), default=0)
-        if explanation.left or least < batch * MOST:
+        if explanation.left or least < batch * MOST or self.decoder.attention_refusal:
+            reason = self.decoder.attention_refusal or explanation.promise()
             warnings.warn(
-                "this target's linears may round a token's last bits by how many are computed at once "
-                f"({explanation.promise()}), so where two tokens are nearly as likely, speculation may choose the other one",
+                "this target may round a token's last bits by how many are computed at once "
+                f"({reason}), so where two tokens are nearly as likely, speculation may choose the other one",
                 stacklevel=4,
             )
 
@@ -178,6 +180,9 @@ class Speculation:
         stop_strings = kwargs.pop("stop_strings", None) or getattr(generation_config, "stop_strings", None)
         if stop_strings is not None:
             kwargs["stopping_criteria"] = _with_strings(kwargs.get("stopping_criteria"), stop_strings, tokenizer)
+            if generation_config is not None:  # transformers would ask for a tokenizer that it doesn't hand on
+                generation_config = copy.copy(generation_config)
+                generation_config.stop_strings = None
         if streamer is not None and inputs is not None:
             streamer.put(inputs.cpu())
 

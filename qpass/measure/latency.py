@@ -10,7 +10,7 @@ from qpass.measure.record import Record, quantile
 
 
 class Timed(Protocol):
-    """What a generation must tell; ``qpass.runtime.decoder.Generation`` does."""
+    """What a generation must tell; ``qpass.runtime.speculate.Generation`` does."""
 
     ttft_ms: float
     token_ms: list[float]

@@ -30,8 +30,8 @@ class Decoder:
     ``compile`` turns a function into a compiled one; it is called once for each kind of step, so all share whatever
     it shares between calls (qpass: the packed weights). The default runs them as they are.
 
-    The number of graphs is bounded: per batch size, one serves every prompt of two tokens or more, one the likeliest
-    next token, one every verification, and two more give logits, of one token and of several. The model is the
+    The number of graphs is bounded: per batch size, one serves every prompt of two tokens or more, two the likeliest
+    next token (behind one new token, behind several), one every verification, and two give logits, of one token and of several. The model is the
     decoder's from then on: its weights may change in place, its structure not.
     ``kv_dtype`` "int8" keeps keys and values as codes with a scale a token and head, in half of bfloat16's memory.
     Raises UnsupportedError for a model that can't run on a static cache; ``model.generate()`` is then the way.

@@ -142,6 +142,7 @@ class Speculator:
             )
             stats.step_ms.append(1e3 * (time.perf_counter() - started))
             stats.step_tokens.append(sum(map(len, new)))
+            stats.step_longest.append(max(map(len, new)))
             yield new
 
     def _propose(self, target: Checker, k: int, running: list[bool], controller: Controller) -> Proposal:

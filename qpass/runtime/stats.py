@@ -31,6 +31,7 @@ class Stats:
     pieces: list[list[Piece]] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)  # each round after the first token, everything included
     step_tokens: list[int] = field(default_factory=list)  # of all rows
+    step_longest: list[int] = field(default_factory=list)  # of the row that got most
 
     def emitted(
         self,
@@ -70,8 +71,8 @@ class Stats:
 
     @property
     def token_ms(self) -> list[float]:
-        """Each token's share of its round."""
-        return [ms / n for ms, n in zip(self.step_ms, self.step_tokens, strict=True) for _ in range(n)]
+        """Each token's share of its round, those of the row that got most: rows of a batch wait together."""
+        return [ms / n for ms, n in zip(self.step_ms, self.step_longest, strict=True) for _ in range(n)]
 
     @property
     def tokens_per_second(self) -> float:

@@ -129,6 +129,8 @@ def test_stop_strings(checkpoint):
         if text[i].isascii() and text[i].isprintable() and text.index(text[i]) == i
     )
     out = _generate(spec, ids, eos_token_id=None, stop_strings=stop, tokenizer=tokenizer)
+    config = transformers.GenerationConfig(stop_strings=stop, max_new_tokens=NEW, do_sample=False, pad_token_id=1)
+    assert torch.equal(spec.generate(ids, generation_config=config, tokenizer=tokenizer, eos_token_id=None), out)
     cut = tokenizer.decode(out[0, ids.shape[1] :])
     assert cut == text[: len(cut)]
     assert stop in cut

@@ -95,7 +95,10 @@ def test_rows_of_a_batch_advance_alone(decoder, k):
         LayersDraft(Decoder(first_layers(decoder.model, 1))),
         Random(tiny_decoders.VOCAB),
     ):
-        assert Speculator(decoder, draft, k=k).generate(ids, mask, max_new_tokens=NEW).new_tokens == wanted
+        out = Speculator(decoder, draft, k=k).generate(ids, mask, max_new_tokens=NEW)
+        assert out.new_tokens == wanted
+        assert len(out.token_ms) >= NEW - 1  # a row's tokens, not those of all rows
+        assert len(out.token_ms) < 2 * NEW
 
 
 class _Kept(Decoder):
