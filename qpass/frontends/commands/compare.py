@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from qpass.errors import OptionError
-from qpass.measure.compare import Change, compare as changes_of, describe, only_in
+from qpass.measure.compare import Change, describe, only_in
+from qpass.measure.compare import compare as changes_of
 from qpass.measure.record import Record, read
 
 COLOURS = {"worse": "red", "better": "green", "same": "dim"}
@@ -58,7 +59,11 @@ def _table(rows: list[tuple[Change, str]]) -> Table:
         table.add_row(
             escape(describe(change.what, change.settings)),
             escape(change.over or "-"),
-            *(cell for ends in (change.old, change.new) for cell in (f"{ends[1]:.4g}{unit}", f"{ends[0]:.4g}..{ends[2]:.4g}")),
+            *(
+                cell
+                for ends in (change.old, change.new)
+                for cell in (f"{ends[1]:.4g}{unit}", f"{ends[0]:.4g}..{ends[2]:.4g}")
+            ),
             f"{change.factor - 1:+.1%}",
             f"[{COLOURS[verdict]}]{verdict}[/]",
         )
