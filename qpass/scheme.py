@@ -26,12 +26,14 @@ class Format:
     """How one weight matrix is stored.
 
     ``group`` is the number of consecutive inputs (along K) that share a scale and a zero; ``None`` means one per
-    output channel. A symmetric format fixes every zero at ``2 ** (bits - 1)``.
+    output channel. A symmetric format fixes every zero at ``2 ** (bits - 1)``. Zeros are codes unless ``float_zeros``
+    says that they may be any number: then ``w = d * code + m`` is held too, as ``zero = -m / d``.
     """
 
     bits: int
     group: int | None = None
     symmetric: bool = False
+    float_zeros: bool = False
 
     @property
     def max_code(self) -> int:
@@ -64,13 +66,15 @@ class Scheme:
         name = f"w{weight.bits}a{8 if int8 else 16}" + (f"-g{weight.group}" if weight.group else "")
         if weight.symmetric != (weight.bits == 8):
             name += "-sym" if weight.symmetric else "-asym"
+        if weight.float_zeros:
+            name += "-floatzero"
         if int8 and weight == Format(8, None, True):
             name += "-dynamic"
         return cls(name, weight, "a16" if not int8 else "a8-token-group" if weight.group else "a8-token")
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
-        """Read a scheme's name: ``w<bits>a<16|8>[-g<group>][-sym|-asym][-dynamic]``.
+        """Read a scheme's name: ``w<bits>a<16|8>[-g<group>][-sym|-asym][-floatzero][-dynamic]``.
 
         Int8 is symmetric, fewer bits are asymmetric unless the name says otherwise. Raises :class:`SchemeError`, which
         names what is accepted.
@@ -96,18 +100,20 @@ class Scheme:
             raise SchemeError(f"scheme {name!r}: group {group} is not one of {', '.join(map(str, GROUPS))}")
         if dynamic and act != 8:
             raise SchemeError(f"scheme {name!r}: 'dynamic' speaks of int8 activations; accepted: {ACCEPTED}")
-        symmetric = symmetry == "sym" if symmetry else bits == 8
+        if match["floatzero"] and symmetry == "sym":
+            raise SchemeError(f"scheme {name!r}: a symmetric format has no zeros of its own, so no 'floatzero'")
+        symmetric = symmetry == "sym" if symmetry else bits == 8 and not match["floatzero"]
         activation: Activation = "a16" if act == 16 else "a8-token-group" if group else "a8-token"
-        return cls(name, Format(bits, group, symmetric), activation)
+        return cls(name, Format(bits, group, symmetric, bool(match["floatzero"])), activation)
 
 
 _NAME = re.compile(
-    r"w(?P<w>\d+)a(?P<a>\d+)(?:-g(?P<g>\d+))?(?:-(?P<sym>sym|asym))?(?P<dynamic>-dynamic)?(?P<static>-static)?"
+    r"w(?P<w>\d+)a(?P<a>\d+)(?:-g(?P<g>\d+))?(?:-(?P<sym>sym|asym))?(?P<floatzero>-floatzero)?(?P<dynamic>-dynamic)?(?P<static>-static)?"
 )
 
 ACCEPTED = (
     "w16a16, w8a16, w8a8-dynamic, w<2|3|4>a<16|8>, w<2|3|4|8>a<16|8>-g<16|32|64|128>, each with -sym or -asym behind it "
-    "where it should differ from the default (int8 symmetric, fewer bits asymmetric)"
+    "where it should differ from the default (int8 symmetric, fewer bits asymmetric), or -floatzero for zeros that are no codes"
 )
 
 SCHEMES: dict[str, Scheme] = {
