@@ -5,6 +5,7 @@ A text's perplexity can stay while predictions change; these see every token's w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,12 +76,10 @@ def divergence(
     """KL(reference || model) and top-1 agreement on the text ``ids``, int64 [T]; no more than one batch of logits a model
     is ever held."""
     found = Divergence()
-    how = {"length": length, "stride": stride}
-    for (ours, _), (theirs, _) in zip(
-        scored(reference, ids, batch=batch, **how), scored(model, ids, batch=batch, **how), strict=True
-    ):
+    walk = functools.partial(scored, ids=ids, length=length, stride=stride, batch=batch)
+    for (ours, _), (theirs, _) in zip(walk(reference), walk(model), strict=True):
         found.add(ours, theirs)
-    return found.records({**how, **(settings or {})})
+    return found.records({"length": length, "stride": stride, **(settings or {})})
 
 
 def _order_statistic(ordered: list[float], q: float, deviations: float) -> float:

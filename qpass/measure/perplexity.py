@@ -77,7 +77,7 @@ def scored(
         filled = chosen + [chosen[-1]] * (batch - len(chosen))
         with torch.no_grad():
             out = model(torch.stack([ids[w.begin : w.begin + length] for w in filled]))
-        logits = getattr(out, "logits", out)
+        logits: Tensor = out if isinstance(out, Tensor) else out.logits
         if logits.shape[:2] != (batch, length):
             raise OptionError(f"the model gave logits {tuple(logits.shape)}; expected [{batch}, {length}, vocabulary]")
         for row, window in zip(logits, chosen, strict=False):
