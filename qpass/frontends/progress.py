@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 from rich.console import Console
@@ -21,15 +21,20 @@ def _console() -> Console | None:
     return None
 
 
-@contextmanager
-def quantizing() -> Iterator[Callable[[int, int, str], None]]:
+def quantizing() -> AbstractContextManager[Callable[..., None]]:
     """Gives a function (done, total, name) that draws a bar while weights are quantized and packed."""
+    return counting("quantizing")
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[..., None]]:
+    """Gives a function (done, total, name="") that draws a bar."""
     console = _console()
     if console is None:
-        yield lambda done, total, name: None
+        yield lambda done, total, name="": None
         return
     columns = (
-        TextColumn("quantizing"),
+        TextColumn(what),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("[dim]{task.description}"),
@@ -37,7 +42,7 @@ def quantizing() -> Iterator[Callable[[int, int, str], None]]:
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=None)
-        yield lambda done, total, name: progress.update(task, completed=done, total=total, description=name)
+        yield lambda done, total, name="": progress.update(task, completed=done, total=total, description=name)
 
 
 def waiting(text: str):  # type: ignore[no-untyped-def]
