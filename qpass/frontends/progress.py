@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
 from rich.console import Console
@@ -21,20 +21,15 @@ def _console() -> Console | None:
     return None
 
 
-def quantizing() -> AbstractContextManager[Callable[..., None]]:
-    """Gives a function (done, total, name) that draws a bar while weights are quantized and packed."""
-    return counting("quantizing")
-
-
 @contextmanager
-def counting(what: str) -> Iterator[Callable[..., None]]:
-    """Gives a function (done, total, name="") that draws a bar."""
+def quantizing() -> Iterator[Callable[[int, int, str], None]]:
+    """Gives a function (done, total, name) that draws a bar while weights are quantized and packed."""
     console = _console()
     if console is None:
-        yield lambda done, total, name="": None
+        yield lambda done, total, name: None
         return
     columns = (
-        TextColumn(what),
+        TextColumn("quantizing"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("[dim]{task.description}"),
@@ -42,7 +37,7 @@ def counting(what: str) -> Iterator[Callable[..., None]]:
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=None)
-        yield lambda done, total, name="": progress.update(task, completed=done, total=total, description=name)
+        yield lambda done, total, name: progress.update(task, completed=done, total=total, description=name)
 
 
 def waiting(text: str):  # type: ignore[no-untyped-def]
@@ -55,3 +50,22 @@ def waiting(text: str):  # type: ignore[no-untyped-def]
     )
     progress.add_task(text, total=None)
     return progress
+
+
+@contextmanager
+def counting(text: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Gives a function (done, note="") that draws a bar; ``total`` None: of unknown length."""
+    console = _console()
+    if console is None:
+        yield lambda done, note="": None
+        return
+    columns = (
+        TextColumn(text),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("[dim]{task.description}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda done, note="": progress.update(task, completed=done, description=note)

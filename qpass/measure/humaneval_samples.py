@@ -17,8 +17,8 @@ from qpass.errors import OptionError
 from qpass.measure.humaneval import Problem, Question, completion, cut
 from qpass.runtime.speculate import Speculator
 
-_TAIL = 12
-"""Tokens in which a stop sequence that just ended is looked for."""
+_TAIL = 4
+"""Tokens around a stop sequence that just ended: what decodes apart may not be what decodes together."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _answers(
         *_left_padded(rows + [rows[-1]] * (batch - len(rows)), longest),
         max_new_tokens=most,
         eos_token_id=sorted(ends),
-        stop=_stop(tokenizer, rows, stops),
+        stop=stop_at(tokenizer, rows, stops),
     )
     return [(new[:-1], True) if new and new[-1] in ends else (new, False) for new in out.new_tokens[: len(rows)]]
 
@@ -124,12 +124,13 @@ def _left_padded(rows: list[list[int]], longest: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _stop(tokenizer: Any, prompts: list[list[int]], stops: Sequence[str]) -> Callable[[Sequence[int]], bool]:
+def stop_at(tokenizer: Any, prompts: list[list[int]], stops: Sequence[str]) -> Callable[[Sequence[int]], bool]:
     """Whether a row's new text holds a stop sequence; the prompt's own text does not count."""
+    tokens = _TAIL + max((len(each.encode()) for each in stops), default=0)  # a token spells at least a byte
 
     def stop(row: Sequence[int]) -> bool:
-        begins = next(len(prompt) for prompt in prompts if list(row[: len(prompt)]) == prompt)
-        tail = _text(tokenizer, row[max(begins, len(row) - _TAIL) :])
+        begins = max(len(prompt) for prompt in prompts if list(row[: len(prompt)]) == prompt)
+        tail = _text(tokenizer, row[max(begins, len(row) - tokens) :])
         return any(each in tail for each in stops)
 
     return stop

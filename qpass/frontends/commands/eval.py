@@ -155,7 +155,7 @@ def _text_quality(
 ) -> None:
     """Perplexity and divergence from one walk over the text, model and reference side by side."""
     from qpass.measure.divergence import Divergence
-    from qpass.measure.perplexity import Perplexity, scored
+    from qpass.measure.perplexity import Perplexity, scored, windows
 
     place = {
         "text": "standard library" if asked.text is None else asked.text.name,
@@ -180,8 +180,9 @@ def _text_quality(
     fast = None if scheme == FULL else _compiled(asked, scheme, loaded)
     ours, theirs, apart = Perplexity(), Perplexity(), Divergence()
     reference = _load(asked.reference).model if asked.reference else loaded.model
-    with progress.counting(f"{scheme}: text") as count:
-        walked = walk(_logits(fast or loaded.model), on_batch=count)
+    total = len(windows(len(ids), asked.length, asked.stride)[1])
+    with progress.counting(f"{scheme}: text", total) as count:
+        walked = walk(_logits(fast or loaded.model), on_batch=lambda done, _: count(done))
         beside = walk(_logits(reference)) if wanted["kl"] else None
         for logits, targets in walked:
             ours.add(logits, targets)
@@ -254,7 +255,7 @@ def _humaneval(
         spec.warm_up(asked.batch)
     folder = asked.output.parent if asked.output is not None else Path.cwd()
     name = asked.output.stem if asked.output is not None else "qpass-eval"
-    with progress.counting(f"{scheme}: HumanEval") as count:
+    with progress.counting(f"{scheme}: HumanEval", len(chosen)) as count:
         samples = humaneval_samples.generate(
             spec.speculator,
             loaded.tokenizer,
@@ -264,10 +265,12 @@ def _humaneval(
             chat=chat,
             batch=asked.batch,
             max_new_tokens=asked.max_new_tokens,
-            on_done=count,
+            on_done=lambda done, _: count(done),
         )
-    with progress.counting(f"{scheme}: tests") as count:
-        verdicts = humaneval.judge(chosen, {n: s.completion for n, s in samples.items()}, on_done=count)
+    with progress.counting(f"{scheme}: tests", len(chosen)) as count:
+        verdicts = humaneval.judge(
+            chosen, {n: s.completion for n, s in samples.items()}, on_done=lambda done, _: count(done)
+        )
     cut = sum(not sample.finished for sample in samples.values())
     tokens = sum(sample.tokens for sample in samples.values())
     keep(humaneval.records(verdicts, {**about, "unfinished": cut, "new_tokens": tokens, "draft": asked.draft}))
