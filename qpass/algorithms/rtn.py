@@ -11,7 +11,7 @@ from qpass.scheme import Format
 ROWS = 4096
 """Rows at a time: a head of 150,000 rows would otherwise need several fp32 copies of itself."""
 
-_HALF_TINY = 2.0**-14  # the smallest normal float16
+HALF_TINY = 2.0**-14  # the smallest normal float16
 
 
 def rtn(weight: Tensor, format: Format) -> QWeight:
@@ -30,7 +30,7 @@ def rtn(weight: Tensor, format: Format) -> QWeight:
 
     scales, lowest = torch.empty(n, groups), torch.empty(n, groups)
     for rows in blocks:
-        w = _grouped(weight[rows], groups, group)
+        w = grouped(weight[rows], groups, group)
         if not bool(torch.isfinite(w).all()):
             raise ValueError("the weight holds NaN or infinity")
         if format.symmetric:
@@ -38,7 +38,7 @@ def rtn(weight: Tensor, format: Format) -> QWeight:
         else:
             lowest[rows] = w.amin(dim=2).clamp(max=0)
             scales[rows] = (w.amax(dim=2).clamp(min=0) - lowest[rows]) / format.max_code
-    scales = _storable(scales, format)
+    scales = storable(scales, format)
     zeros = (
         torch.full_like(scales, middle) if format.symmetric else (-lowest / scales).round_().clamp_(0, format.max_code)
     )
@@ -46,23 +46,23 @@ def rtn(weight: Tensor, format: Format) -> QWeight:
     codes = torch.empty(n, k, dtype=torch.uint8)
     smallest = 1 if format.symmetric else 0  # keeps symmetric codes symmetric around the middle
     for rows in blocks:
-        w = _grouped(weight[rows], groups, group)
+        w = grouped(weight[rows], groups, group)
         w = (w / scales[rows, :, None]).round_().add_(zeros[rows, :, None]).clamp_(smallest, format.max_code)
         codes[rows] = w.view(-1, groups * group)[:, :k].to(torch.uint8)
     return QWeight(codes, scales, zeros.to(torch.uint8), format)
 
 
-def _grouped(weight: Tensor, groups: int, group: int) -> Tensor:
+def grouped(weight: Tensor, groups: int, group: int) -> Tensor:
     """Rows in fp32, zeros behind their end: [rows, K/G, G]."""
     w = weight.detach().float()
     return torch.nn.functional.pad(w, (0, groups * group - w.shape[1])).view(-1, groups, group)
 
 
-def _storable(scales: Tensor, format: Format) -> Tensor:
+def storable(scales: Tensor, format: Format) -> Tensor:
     """Scales that packing keeps exactly: float16 where a group has its own and the range allows, fp32 otherwise."""
     tiny = torch.finfo(torch.float32).tiny
     scales = torch.where(scales > tiny, scales, torch.ones_like(scales))
-    if format.group is None or float(scales.min()) < _HALF_TINY or float(scales.max()) > 32752.0:
+    if format.group is None or float(scales.min()) < HALF_TINY or float(scales.max()) > 32752.0:
         return scales
     half = scales.half()
     above = (half.view(torch.int16) + 1).view(torch.float16)  # a positive float's next is its bit pattern plus one
