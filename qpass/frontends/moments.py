@@ -50,10 +50,10 @@ def siblings(linears: Iterable[tuple[str, nn.Module]], run: Callable[[], object]
     seen: dict[str, list[Tensor]] = {}
     linears = list(linears)
 
-    def before(name: str) -> Callable[[nn.Module, tuple], None]:
-        return lambda module, args: seen.setdefault(name, []).append(args[0])
+    def before(name: str) -> Callable[[nn.Module, tuple, dict], None]:
+        return lambda module, args, kwargs: seen.setdefault(name, []).append(_input(args, kwargs))
 
-    hooks = [module.register_forward_pre_hook(before(name)) for name, module in linears]
+    hooks = [module.register_forward_pre_hook(before(name), with_kwargs=True) for name, module in linears]
     try:
         run()
     finally:
@@ -72,9 +72,9 @@ def watching(first_of_each: Iterable[tuple[str, nn.Module, int]], keep: Callable
     found: dict[str, Moments] = {}
     hooks = []
 
-    def before(name: str) -> Callable[[nn.Module, tuple], None]:
-        def hook(module: nn.Module, args: tuple) -> None:
-            x, mask = args[0], keep()
+    def before(name: str) -> Callable[[nn.Module, tuple, dict], None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x, mask = _input(args, kwargs), keep()
             if mask is not None and x.shape[:-1] == mask.shape:
                 x = x[mask]
             found[name].add(x)
@@ -83,12 +83,16 @@ def watching(first_of_each: Iterable[tuple[str, nn.Module, int]], keep: Callable
 
     for name, module, k in first_of_each:
         found[name] = Moments(k)
-        hooks.append(module.register_forward_pre_hook(before(name)))
+        hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
     try:
         yield found
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _input(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["input"]
 
 
 def check_finite(hessian: Tensor, name: str) -> None:

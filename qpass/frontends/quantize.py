@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +18,21 @@ from qpass.algorithms.clip import clip
 from qpass.algorithms.gptq import factor, gptq
 from qpass.algorithms.rtn import rtn
 from qpass.assignment import Assignment
-from qpass.errors import OptionError, UnsupportedError
+from qpass.errors import OptionError
 from qpass.frontends import progress
 from qpass.frontends.batches import read_batches
 from qpass.frontends.blocks import Blocks, split
+from qpass.frontends.layers import Layer, layers_of
 from qpass.frontends.moments import Moments, check_finite, siblings, watching
 from qpass.frontends.resume import Finished, fingerprint
 from qpass.lowering.given import Given, give
-from qpass.lowering.released import released_name
 from qpass.qweight import QWeight
-from qpass.scheme import Format, Scheme
 
 ALGORITHMS = ("gptq", "awq", "awq+gptq", "clip", "rtn")
 DATA_FREE = frozenset({"clip", "rtn"})
 
 FEWEST_TOKENS = 128
 """Fewer say nothing of a layer's inputs; tens of thousands are usual."""
-
-
-@dataclass(frozen=True)
-class _Linear:
-    name: str
-    module: nn.Module
-    scheme: Scheme
-    transposed: bool  # transformers' Conv1D holds [K, N]
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        return self.module.weight  # type: ignore[return-value]
-
-    @property
-    def k(self) -> int:
-        return self.parameter.shape[0 if self.transposed else 1]
-
-    def read(self) -> Tensor:
-        """[N, K]"""
-        weight = self.parameter.detach()
-        return weight.t() if self.transposed else weight
-
-    def write(self, weight: Tensor) -> None:
-        self.parameter.detach().copy_(weight.t() if self.transposed else weight)
 
 
 def quantize(
@@ -87,8 +61,8 @@ def quantize(
                originals: only graphs that are compiled afterwards use the codes.
 
     The decoder blocks are quantized one after the other, each calibrated on what the quantized blocks before it give.
-    Held besides the model are one block's second moments, the hidden states of the calibration, and the codes (a byte a
-    weight). A model that isn't a chain of blocks is calibrated in one go, with the moments of all layers held at once.
+    Held besides the model are one block's second moments, the hidden states of the calibration, and the codes (up to
+    four bits: half a byte a weight). Interrupted, the model is as it was. A model that isn't a chain of blocks is calibrated in one go, with the moments of all layers held at once.
     Layers outside of the blocks (the output head) are rounded without data. Codes keep their scheme whatever scheme
     ``qpass.compile`` is called with; ``exclude`` there still leaves a layer as it is. Experts' 3-D weights are left as they
     are, with a warning.
@@ -98,7 +72,7 @@ def quantize(
     if algorithm not in ALGORITHMS:
         raise OptionError(f"unknown algorithm {algorithm!r}; accepted: {', '.join(ALGORITHMS)}")
     assignment = Assignment.make(scheme, exclude)
-    linears = _linears(model, assignment)
+    linears = layers_of(model, assignment)
     training = model.training
     model.eval()
     try:
@@ -117,39 +91,43 @@ def quantize(
 
 def _with_data(
     model: nn.Module,
-    linears: list[_Linear],
+    linears: list[Layer],
     data: list[tuple[tuple, dict]],
     algorithm: str,
     finished: Finished | None,
     write_back: bool,
 ) -> None:
     blocks = split(model, data)
+    given: dict[str, Given] = {}
     masks = [_mask(kwargs) for _, kwargs in data]
     inside = [[x for x in linears if _within(x.name, name)] for name in blocks.names]
-    total = sum(2 * len(data) + len(own) for own in inside)
+    total = sum(2 * len(data) + len(own) for own in inside) - len(data)  # behind the last block nothing needs to run
     with progress.calibrating(total) as step:
         for index, own in enumerate(inside):
             label = blocks.names[index] or type(model).__name__
-            found = finished.load(index, {x.name: _format(x) for x in own}) if finished is not None else None
+            found = finished.load(index, {x.name: x.format for x in own}) if finished is not None else None
             if found is None:
                 found = _quantize_block(blocks, index, own, masks, algorithm, lambda: step(1, label))  # noqa: B023
                 if finished is not None:
                     finished.save(index, found)
             else:
                 step(len(data) + len(own), label)
-            with _holding(own, found, keep=write_back):
-                if index + 1 < len(inside):
+            if index + 1 < len(inside):
+                with _standing_in(own, found):
                     blocks.advance(index, lambda: step(1, label))  # noqa: B023
-            for linear in own:
-                give(linear.parameter, replace(found[linear.name], activation=linear.scheme.activation))
-    reached = {x.name for own in inside for x in own}
-    _without_data([x for x in linears if x.name not in reached], "rtn", write_back)
+            given |= {name: replace(one, read=_held(one.read())) for name, one in found.items()}
+    for linear in linears:  # all at the end: interrupted, nothing has changed
+        if linear.name in given:
+            if write_back:
+                linear.write(_values(given[linear.name]))
+            give(linear.parameter, replace(given[linear.name], activation=linear.scheme.activation))
+    _without_data([x for x in linears if x.name not in given], "clip", write_back)
 
 
 def _quantize_block(
     blocks: Blocks,
     index: int,
-    linears: list[_Linear],
+    linears: list[Layer],
     masks: Sequence[Tensor | None],
     algorithm: str,
     step: Callable[[], None],
@@ -173,9 +151,9 @@ def _quantize_block(
     return found
 
 
-def _solve(linears: list[_Linear], seen: Moments, algorithm: str) -> tuple[list[QWeight], Tensor | None]:
+def _solve(linears: list[Layer], seen: Moments, algorithm: str) -> tuple[list[QWeight], Tensor | None]:
     """Codes of the linears that share one input, and the divisor that they want of it."""
-    formats = [_format(linear) for linear in linears]
+    formats = [linear.format for linear in linears]
     weights = [linear.read().float() for linear in linears]
     amplitude, hessian = seen.amplitude(), seen.hessian()
     check_finite(hessian, linears[0].name)
@@ -192,15 +170,15 @@ def _solve(linears: list[_Linear], seen: Moments, algorithm: str) -> tuple[list[
         raise OptionError(f"{', '.join(linear.name for linear in linears)}: {error}") from error
 
 
-def _without_data(linears: list[_Linear], algorithm: str, write_back: bool) -> None:
+def _without_data(linears: list[Layer], algorithm: str, write_back: bool) -> None:
     """Codes that are found when they are first packed: they depend on the weight alone."""
     for linear in linears:
-        source = "clip" if algorithm == "clip" and _format(linear).bits < 8 else "rtn"
+        source = "clip" if algorithm == "clip" and linear.format.bits < 8 else "rtn"
         find = clip if source == "clip" else rtn
         if write_back:
-            linear.write(find(linear.read(), _format(linear)).dequantize())
+            linear.write(find(linear.read(), linear.format).dequantize())
         # Weakly: what is given must not keep its Parameter alive.
-        parameter, format, transposed = weakref.ref(linear.parameter), _format(linear), linear.transposed
+        parameter, format, transposed = weakref.ref(linear.parameter), linear.format, linear.transposed
 
         def read(parameter=parameter, format=format, transposed=transposed, find=find) -> QWeight:  # type: ignore[no-untyped-def]
             weight = parameter().detach()
@@ -210,59 +188,31 @@ def _without_data(linears: list[_Linear], algorithm: str, write_back: bool) -> N
 
 
 @contextmanager
-def _holding(linears: list[_Linear], found: Mapping[str, Given], *, keep: bool):  # type: ignore[no-untyped-def]
-    """The linears with the values that their codes stand for; afterwards the originals again, unless ``keep``."""
-    originals = [linear.parameter.detach().clone() for linear in linears] if not keep else []
-    for linear in linears:
-        given = found[linear.name]
-        weight = given.read().dequantize()
-        linear.write(weight if given.divisor is None else weight / given.divisor)
+def _standing_in(linears: list[Layer], found: Mapping[str, Given]) -> Iterator[None]:
+    """The linears with the values that their codes stand for, for a while."""
+    originals = [linear.parameter.data for linear in linears]  # swapped, not overwritten: they may be a mapped file's
     try:
+        for linear in linears:
+            weight = _values(found[linear.name])
+            linear.parameter.data = (weight.t() if linear.transposed else weight).to(linear.parameter.dtype)
         yield
     finally:
-        for linear, original in zip(linears, originals, strict=bool(originals)):
-            linear.parameter.detach().copy_(original)
+        for linear, original in zip(linears, originals, strict=True):
+            linear.parameter.data = original
 
 
-def _linears(model: nn.Module, assignment: Assignment) -> list[_Linear]:
-    """The linear layers that the assignment quantizes, each Parameter once."""
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"qpass.quantize takes an nn.Module, not {type(model).__name__}")
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    found: list[_Linear] = []
-    taken: set[int] = set()
-    names: list[str] = []
-    for name, module in model.named_modules():
-        transposed = type(module).__name__ == "Conv1D"
-        weight = getattr(module, "weight", None)
-        if not (isinstance(module, nn.Linear) or transposed) or not isinstance(weight, nn.Parameter):
-            continue
-        names.append(name)
-        scheme = assignment(name, id(weight) in tables)
-        if scheme.weight is None or id(weight) in taken:
-            continue
-        _check(name, weight)
-        taken.add(id(weight))
-        found.append(_Linear(name, module, scheme, transposed))
-    assignment.check(names)
-    if not found:
-        raise OptionError("there is no linear layer to quantize")
-    experts = [name for name, p in model.named_parameters() if p.dim() == 3 and p.shape[0] > 1]
-    if experts:
-        more = f" and {len(experts) - 1} more" if len(experts) > 1 else ""
-        warnings.warn(f"{experts[0]}{more}: 3-D expert weights are not quantized", stacklevel=3)
-    return found
+def _values(given: Given) -> Tensor:
+    weight = given.read().dequantize()
+    return weight if given.divisor is None else weight / given.divisor
 
 
-def _check(name: str, weight: nn.Parameter) -> None:
-    if released_name(weight) is not None:
-        raise OptionError(f"{name}: its full-precision data was released; load the model again to quantize it")
-    if weight.device.type != "cpu":
-        raise UnsupportedError(f"{name} is on {weight.device}; qpass works on the CPU: move the model with .to('cpu')")
-    if not weight.is_floating_point() or weight.itemsize < 2:
-        raise UnsupportedError(f"{name}: its weight is {weight.dtype}; accepted: bfloat16, float16, float32")
-    if not bool(torch.isfinite(weight).all()):
-        raise OptionError(f"{name}: its weight holds NaN or infinity")
+def _held(weight: QWeight) -> Callable[[], QWeight]:
+    """Codes of up to four bits held two a byte until somebody reads them."""
+    if weight.format.bits > 4 or weight.k % 2:
+        return lambda: weight
+    pairs = weight.codes[:, 0::2] | weight.codes[:, 1::2] << 4
+    scales, zeros, format = weight.scales, weight.zeros, weight.format
+    return lambda: QWeight(torch.stack([pairs & 15, pairs >> 4], dim=2).view(len(pairs), -1), scales, zeros, format)
 
 
 def _read(model: nn.Module, source: Any, tokenizer: Any, length: int, count: int | None) -> list[tuple[tuple, dict]]:
@@ -298,8 +248,3 @@ def _mask(batch: Mapping[str, Any]) -> Tensor | None:
 
 def _within(name: str, block: str) -> bool:
     return not block or name == block or name.startswith(f"{block}.")
-
-
-def _format(linear: _Linear) -> Format:
-    assert linear.scheme.weight is not None
-    return linear.scheme.weight
