@@ -15,7 +15,19 @@ BASELINES = ("stock", "inductor", "bf16", "bf16-onednn", "w16a16")
 """Rows that a set's other rows are held against: the first of these that both sets have."""
 
 IDENTITY = (
-    *("model", "draft", "draft_scheme", "draft_vocabulary", "scheme", "variant", "name", "path", "task", "text", "source"),
+    *(
+        "model",
+        "draft",
+        "draft_scheme",
+        "draft_vocabulary",
+        "scheme",
+        "variant",
+        "name",
+        "path",
+        "task",
+        "text",
+        "source",
+    ),
     *("n", "k", "m", "prompt", "batch", "new", "context", "threads", "stride", "length", "count", "kv"),
 )
 """The settings that say what was measured; the others say how it went."""

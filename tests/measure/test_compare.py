@@ -34,7 +34,9 @@ def test_a_machine_that_is_slower_as_a_whole_is_no_regression() -> None:
 def test_noise_is_no_change() -> None:
     """The ratio's ends come from both rows' p10 and p90."""
     old = [record("tpot", "stock", 200.0), record("tpot", "w4", 25.0, spread=0.2)]
-    assert verdicts(old, [record("tpot", "stock", 200.0), record("tpot", "w4", 32.0, spread=0.2)]) == {"tpot w4": "same"}
+    assert verdicts(old, [record("tpot", "stock", 200.0), record("tpot", "w4", 32.0, spread=0.2)]) == {
+        "tpot w4": "same"
+    }
     assert verdicts(old, [record("tpot", "stock", 200.0), record("tpot", "w4", 40.0)]) == {"tpot w4": "worse"}
     assert verdicts(old, [record("tpot", "stock", 200.0, 0.5), record("tpot", "w4", 40.0)]) == {"tpot w4": "same"}
 

@@ -58,7 +58,11 @@ def _table(rows: list[tuple[Change, str]]) -> Table:
         table.add_row(
             escape(describe(change.what, change.settings)),
             escape(change.over or "-"),
-            *(cell for ends in (change.old, change.new) for cell in (f"{ends[1]:.4g}{unit}", f"{ends[0]:.4g}..{ends[2]:.4g}")),
+            *(
+                cell
+                for ends in (change.old, change.new)
+                for cell in (f"{ends[1]:.4g}{unit}", f"{ends[0]:.4g}..{ends[2]:.4g}")
+            ),
             f"{change.factor - 1:+.1%}",
             f"[{COLOURS[verdict]}]{verdict}[/]",
         )
