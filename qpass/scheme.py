@@ -58,6 +58,17 @@ class Scheme:
         return self.weight is not None
 
     @classmethod
+    def of(cls, weight: Format, activation: Activation) -> Scheme:
+        """The scheme of weights in this format whose activations are int8 or not as ``activation`` says."""
+        int8 = activation != "a16"
+        name = f"w{weight.bits}a{8 if int8 else 16}" + (f"-g{weight.group}" if weight.group else "")
+        if weight.symmetric != (weight.bits == 8):
+            name += "-sym" if weight.symmetric else "-asym"
+        if int8 and weight == Format(8, None, True):
+            name += "-dynamic"
+        return cls(name, weight, "a16" if not int8 else "a8-token-group" if weight.group else "a8-token")
+
+    @classmethod
     def parse(cls, name: str) -> Scheme:
         """Read a scheme's name: ``w<bits>a<16|8>[-g<group>][-sym|-asym][-dynamic]``.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qpass.errors import ReleasedWeightError
+from qpass.lowering.given import Given, given_of
 from qpass.qweight import QWeight
 from qpass.scheme import Format
 
@@ -41,7 +42,7 @@ class Packer(Protocol):
 @dataclass
 class _Entry:
     alive: tuple[weakref.ref[Tensor], ...]
-    versions: tuple[int, ...]
+    versions: tuple[tuple[int, Given | None], ...]  # a Parameter's own count of writes, and what was given for it
     tensors: tuple[Tensor, ...]
 
 
@@ -58,9 +59,13 @@ class WeightStore:
     packed_count: int = 0  # how often a weight was really packed: tests hold it to once
 
     def qweight(self, refs: tuple[WeightRef, ...], format: Format) -> QWeight:
-        """Quantize the refs' rows, one under the other."""
+        """Quantize the refs' rows, one under the other; those that codes were given for have them already."""
         parts = []
         for ref in refs:
+            given = given_of(ref.parameter)
+            if given is not None and given.format == format:
+                parts.append(given.read())
+                continue
             name = self.is_released(ref.parameter)
             if name is not None:
                 raise ReleasedWeightError(
@@ -77,7 +82,7 @@ class WeightStore:
         self, refs: tuple[WeightRef, ...], format: Format, packer: Packer, *, glu: bool = False
     ) -> tuple[Tensor, ...]:
         key = (tuple((id(r.parameter), r.transposed) for r in refs), format, packer.name, glu)
-        versions = tuple(r.parameter._version for r in refs)
+        versions = tuple((r.parameter._version, given_of(r.parameter)) for r in refs)
         entry = self.entries.get(key)
         if entry is None or any(ref() is None for ref in entry.alive) or entry.versions != versions:
             tensors = packer.pack(self.qweight(refs, format), glu=glu)

@@ -8,6 +8,7 @@ import qpass.ops  # noqa: F401  registers the vocabulary that the passes speak
 from qpass.passes.canonicalize import canonicalize
 from qpass.passes.chain_calls import chain_calls
 from qpass.passes.context import Context
+from qpass.passes.fold_smoothing import fold_smoothing
 from qpass.passes.fuse_epilogues import fuse_epilogues
 from qpass.passes.fuse_norms import fuse_norms
 from qpass.passes.lower import lower
@@ -19,6 +20,7 @@ from qpass.passes.share_embeddings import share_embeddings
 PIPELINE: tuple[Pass, ...] = (
     canonicalize,  # one spelling a meaning: what follows matches one form
     merge_siblings,  # q|k|v and gate|up read their input once, in one call
+    fold_smoothing,  # channels that a quantizer scaled up in the weight are divided in its input
     quantize_linears,  # codes in place of weights: the only pass that changes what linears compute
     fuse_norms,  # a norm is computed as the one linear behind it reads its input
     fuse_epilogues,  # what follows a linear point by point runs before its output is rounded

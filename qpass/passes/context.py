@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from qpass.cpu import Cpu
+from qpass.lowering.given import Given, given_of
 from qpass.lowering.store import WeightRef, WeightStore
 from qpass.scheme import Scheme
 
@@ -69,7 +70,19 @@ class Context:
         source = weight.args[0] if weight.op == "call_function" else weight
         return any(user.op == "call_function" and user.target is torch.nn.functional.embedding for user in source.users)
 
+    def given_of(self, node: fx.Node) -> Given | None:
+        """What was given for the weights of a canonical linear; siblings are merged only where it is alike."""
+        ref = self.weight_ref(node.args[1][0])
+        return None if ref is None else given_of(ref.parameter)
+
     def scheme_for(self, node: fx.Node) -> Scheme:
-        """The scheme of a canonical linear that is not merged yet."""
-        (name,), (weight,) = node.meta["qpass_names"], node.args[1]
-        return self.scheme_of(name, self.is_tied(weight))
+        """The scheme of a canonical linear; merged ones have that of their first.
+
+        Given codes keep their format. They give way to a choice that leaves the layer alone, where its own values are there.
+        """
+        name, weight = node.meta["qpass_names"][0], node.args[1][0]
+        chosen = self.scheme_of(name, self.is_tied(weight))
+        given = self.given_of(node)
+        if given is None or (not chosen.quantizes and not self.weights.is_released(self.weight_ref(weight).parameter)):
+            return chosen
+        return given.scheme(chosen)

@@ -7,6 +7,7 @@ from torch import fx
 
 from qpass.lowering import choose
 from qpass.lowering.dense import emit_dense
+from qpass.lowering.given import given_of
 from qpass.lowering.measured import time_site, tokens_of
 from qpass.lowering.site import Site
 from qpass.ops.norm import apply_norm
@@ -38,8 +39,9 @@ def _lower_site(graph: fx.Graph, node: fx.Node, ctx: Context) -> None:
     lowering, refusals = choose(site, ctx.cpu, ctx.lowering)
     packed = ctx.weights.packed(refs, scheme.weight, lowering, glu=glu)
     m = tokens_of(tensor_of(node.args[0]))
-    readable = not any(ctx.weights.is_released(ref.parameter) for ref in refs)
-    timing = time_site(site, m, lowering, packed, refs if readable else None, ctx.cpu)
+    given = next((g for ref in refs if (g := given_of(ref.parameter)) is not None), None)
+    own = given is None and not any(ctx.weights.is_released(ref.parameter) for ref in refs)
+    timing = time_site(site, m, lowering, packed, refs if own else None, ctx.cpu)
     inputs = {id(ctx.parameters[p.name]): p for p in graph.find_nodes(op="placeholder") if p.name in ctx.parameters}
     stays = timing is not None and timing.loses and not ctx.insist and all(id(r.parameter) in inputs for r in refs)
     if stays:
@@ -65,7 +67,7 @@ def _lower_site(graph: fx.Graph, node: fx.Node, ctx: Context) -> None:
             fused=node.meta.get("qpass_fused", ()),
             bytes_before=before,
             bytes_after=before if stays else sum(tensor.numel() * tensor.element_size() for tensor in packed),
-            notes=refusals,
+            notes=refusals if given is None else (f"codes from {given.source}", *refusals),
             same_rows=0 if stays else lowering.same_rows(site, ctx.cpu),
             m=timing.m if timing else 0,
             predicted_ms=timing.predicted_ms if timing else None,

@@ -17,6 +17,7 @@ from qpass.passes.values import VALUE, Writes, only_user, same_kind, set_value, 
 def merge_siblings(graph: fx.Graph, ctx: Context) -> int:
     """Merge ``qpass.linear`` nodes of one input and one quantizing scheme; returns how many merged ones there are.
 
+    Given codes merge with given codes that want their input divided and ordered alike.
     A gated pair (``act(gate) * up``) is merged by itself, gate first, for fuse_epilogues to take the gate in. A linear
     under an activation of its own stays single: its epilogue is worth more than the shared read.
     """
@@ -27,7 +28,9 @@ def merge_siblings(graph: fx.Graph, ctx: Context) -> int:
         scheme, ref = ctx.scheme_for(node), ctx.weight_ref(weights[0])
         if not scheme.quantizes or ref is None or writes.touch(x, node):
             continue
-        families.setdefault((x, scheme, ref.parameter.dtype), []).append(node)
+        given = ctx.given_of(node)
+        wants = given.input_key if given is not None else None
+        families.setdefault((x, scheme, ref.parameter.dtype, wants), []).append(node)
     groups = [group for family in families.values() for group in _groups(sorted(family)) if len(group) > 1]
     bound_by_strides = _storages_bound_by_strides(graph)
     count, parted = 0, set()

@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from qpass.passes.attributes import attach
 from qpass.passes.context import Context
+from qpass.passes.values import VALUE
 from qpass.scheme import Format
 
 
@@ -21,14 +22,15 @@ def quantize_linears(graph: fx.Graph, ctx: Context) -> int:
     count = 0
     for node in linears:
         x, weights, biases = node.args
-        names = node.meta["qpass_names"]
-        scheme = ctx.scheme_of(names[0], ctx.is_tied(weights[0]))
+        scheme, given = ctx.scheme_for(node), ctx.given_of(node)
         if scheme.weight is None:
             continue
         refs = tuple(ctx.weight_ref(weight) for weight in weights)
         n, k = sum(ref.shape[0] for ref in refs), refs[0].shape[1]
         tensors = _tensors(ctx, refs, scheme.weight, n, k)
         with graph.inserting_before(node):
+            if given is not None and given.order is not None:
+                x = _in_order(graph, x, given.order)
             attributes = [
                 attach(graph, f"qpass_{part}", tensor)
                 for part, tensor in zip(("codes", "scales", "zeros"), tensors, strict=True)
@@ -51,6 +53,13 @@ def quantize_linears(graph: fx.Graph, ctx: Context) -> int:
         graph.erase_node(node)
         count += 1
     return count
+
+
+def _in_order(graph: fx.Graph, x: fx.Node, order: Tensor) -> fx.Node:
+    """x with its channels in the order of the codes' columns."""
+    ordered = graph.call_function(torch.index_select, (x, -1, attach(graph, "qpass_order", order)))
+    ordered.meta = {VALUE: x.meta[VALUE]}
+    return ordered
 
 
 def _tensors(ctx: Context, refs: tuple, format: Format, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:

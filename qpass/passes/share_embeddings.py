@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from qpass.lowering import ANY
+from qpass.lowering.given import given_of
 from qpass.passes.context import Context, SiteRecord
 from qpass.passes.names import Names
 from qpass.passes.values import VALUE, argument, tensor_of
@@ -50,6 +51,9 @@ def _share(graph: fx.Graph, node: fx.Node, heads: dict[int, fx.Node], ctx: Conte
     head = heads.get(id(parameter))
     if parameter is None or head is None or tensor_of(ids) is None or tensor_of(node) is None:
         return False
+    given = given_of(parameter)
+    if given is not None and (given.divisor is not None or given.order is not None):
+        return False  # rows of the packed table are not the embedding's then
     if argument(node, 3, "max_norm") is not None or argument(node, 6, "sparse", False):
         return False
     scheme = head.meta["qpass_scheme"]

@@ -23,6 +23,7 @@ _REQUIRED = 8  # arguments of quantized_linear: x, the weight, the bias, the for
 ALLOWED: dict[str, frozenset[str]] = {
     "canonicalize": frozenset({"linear", "norm"}),
     "merge_siblings": frozenset({"linear", "norm"}),
+    "fold_smoothing": frozenset({"linear", "norm"}),
     "quantize_linears": frozenset({"linear", "norm", "quantized_linear"}),
     "fuse_norms": frozenset({"linear", "norm", "quantized_linear"}),
     "fuse_epilogues": frozenset({"linear", "norm", "quantized_linear"}),

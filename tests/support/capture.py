@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from qpass.algorithms.rtn import rtn
 from qpass.cpu import detect
+from qpass.lowering.released import released_name
 from qpass.lowering.store import WeightStore
 from qpass.passes import Context, Pass
 from qpass.passes.runner import run
@@ -62,7 +63,7 @@ def context(capture: Capture, scheme: str | Callable[[str, bool], Scheme] = "w8a
         parameters=dict(capture.parameters),
         scheme_of=(lambda name, tied: one) if one is not None else scheme,
         cpu=detect(),
-        weights=WeightStore(algorithm=rtn),
+        weights=WeightStore(algorithm=rtn, is_released=released_name),
         **({"materialize": True} | options),
     )
 
