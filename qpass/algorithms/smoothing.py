@@ -7,7 +7,7 @@ the larger alpha is, the flatter the input gets and the rougher the weight.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,10 +33,14 @@ class Error:
 
     mean: float
     extreme: float
+    total: float = 0.0
 
     @property
     def worst(self) -> float:
         return max(self.mean, self.extreme)
+
+
+METRIC = "mean"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Smoothed:
     divisor: Tensor | None
     scale: float | None
     error: Error
+    clip: float | None = None
 
 
 def divisor(absmax: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
@@ -76,15 +81,20 @@ def smooth(
     weights: Sequence[Tensor],
     schemes: Sequence[Scheme],
     alpha: float | str | None,
+    *,
+    given: Tensor | None = None,
 ) -> Smoothed:
     """The divisor (and the static scale, where a scheme is static) of one input and the linears that read it.
 
     ``alpha`` is a number, None for no smoothing, or "auto": the one of :data:`GRID` with the least error of the
     layers' output on the rows that the observer kept. Static scales are searched over :data:`CLIPS` either way.
+    ``given`` is a divisor that the weights already expect; alpha must be None then.
     """
     rows, counts = observer.weighted_rows()
     extremes = observer.extremes.shape[0]
     absmax = observer.absmax
+    if given is not None:
+        rows, absmax = rows / given, absmax / given
     grid: Sequence[float | None] = GRID if alpha == "auto" else (alpha,)  # type: ignore[assignment]
     parts = [_spread(w, ROWS // len(weights)) for w in weights]
     outputs = [rows @ part.t() for part in parts]
@@ -103,7 +113,7 @@ def smooth(
         scales = [None]
         if static:
             scales = [max(peak * clip, 1e-30) / 127 for clip in CLIPS]  # type: ignore[misc]
-            if s is None:
+            if s is None and given is None:
                 scales.append(max(observer.clip(), 1e-30) / 127)  # type: ignore[arg-type]
         for scale in scales:
             errors = torch.zeros(len(rows))
@@ -111,11 +121,14 @@ def smooth(
                 errors += (fake_quantize(flat, scheme, scale) @ w.t() - y).square().sum(dim=1)
             relative = errors / energy
             mean = float((relative * counts).sum() / counts.sum())
-            found = Smoothed(candidate, s, scale, Error(mean, float(relative[-extremes:].mean())))
-            if best is None or found.error.worst < best.error.worst:
+            total = float((errors * counts).sum() / (energy * counts).sum())
+            found = Smoothed(
+                candidate, s, scale, Error(mean, float(relative[-extremes:].mean()), total), (scale or 0) * 127 / peak
+            )
+            if best is None or getattr(found.error, METRIC) < getattr(best.error, METRIC):
                 best = found
     assert best is not None
-    return best
+    return best if given is None else replace(best, divisor=given)
 
 
 def fake_quantize(x: Tensor, scheme: Scheme, scale: float | None) -> Tensor:
