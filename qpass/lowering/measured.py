@@ -129,7 +129,7 @@ def _program(site: Site, lowering: Lowering, packed: tuple[Tensor, ...]) -> fx.G
     node = graph.call_function(
         torch.ops.qpass.quantized_linear.default,
         (x, *operands, None, weight.bits, weight.group or 0, site.scheme.activation),
-        {"glu": site.glu},
+        {"glu": site.glu} | ({"x_scale": 1.0} if site.scheme.activation == "a8-static" else {}),
     )
     emitted = lowering.emit(graph, node, attributes)
     graph.output(emitted)

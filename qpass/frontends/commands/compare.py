@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from qpass.errors import OptionError
-from qpass.measure.compare import Change, compare as changes_of, describe, only_in
+from qpass.measure.compare import Change, describe, only_in
+from qpass.measure.compare import compare as changes_of
 from qpass.measure.record import Record, read
 
 COLOURS = {"worse": "red", "better": "green", "same": "dim"}
