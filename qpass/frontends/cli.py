@@ -201,6 +201,83 @@ def profile(
         )
 
 
+@app.command("eval")
+def evaluate(
+    model: Model,
+    scheme: Annotated[
+        str, typer.Option(help=f"One or several with commas: {_SCHEMES}; bf16 is the model as it is.")
+    ] = "w8a16",
+    tasks: Annotated[
+        str, typer.Option(help="Of perplexity, kl (divergence from the full-precision model) and humaneval.")
+    ] = "perplexity,kl",
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--output",
+            "-o",
+            help="Add the results to this file of JSON lines, and skip those in it.",
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A text file or a folder of them; by default Python's standard library.", show_default=False),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of the text to score at most.")] = 16384,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    stride: Annotated[int, typer.Option(min=1, help="Tokens that each window scores behind the first.")] = 256,
+    problems: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="HumanEval problems, evenly spread; by default all 164.", show_default=False),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="HumanEval problems answered at once.")] = 8,
+    chat: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--chat/--no-chat",
+            help="Ask HumanEval in the tokenizer's chat template. By default where it has one.",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer to a HumanEval problem.")] = 512,
+    draft: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Guess ahead in HumanEval: a smaller model, ngram or layers:N.", show_default=False),
+    ] = None,
+    reference: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The full-precision model of kl, where MODEL is quantized already.", show_default=False),
+    ] = None,
+    exclude: Exclude = None,
+    lowering: Lowering = None,
+    debug: Debug = False,
+) -> None:
+    """Quality, scheme by scheme: perplexity and divergence on text, HumanEval in a sandbox. Interrupted, it goes on."""
+    with _spoken(debug):
+        from qpass.frontends.commands import eval as command
+
+        command.evaluate(
+            command.Asked(
+                model,
+                tuple(filter(None, scheme.replace(" ", "").split(","))),
+                tuple(filter(None, tasks.replace(" ", "").split(","))),
+                output=output,
+                text=text,
+                tokens=tokens,
+                length=length,
+                stride=stride,
+                batch=batch,
+                problems=problems,
+                chat=chat,
+                max_new_tokens=max_new_tokens,
+                draft=draft,
+                exclude=tuple(exclude or ()),
+                lowering=lowering,
+                reference=reference,
+            )
+        )
+
+
 @app.command()
 def bench(
     model: Model,
