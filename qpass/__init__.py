@@ -2,6 +2,7 @@
 
 torch.compile(model, backend="qpass")       any model; int8 weights by default
 qpass.compile(model, scheme="w4a16-g128")   the same with names
+qpass.quantize(model, algorithm="gptq")      better codes first, found with a calibration
 qpass.speculate(model, draft)               the same text in fewer steps: a draft proposes, one forward checks
 qpass.explain(model)                        what became of each linear
 """
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qpass.frontends.api import compile
     from qpass.frontends.explain import explain
+    from qpass.frontends.quantize import quantize
     from qpass.frontends.speculation import speculate
     from qpass.scheme import SCHEMES, Format, Scheme
 
@@ -21,13 +23,14 @@ __version__ = "0.1.0"
 _PLACES = {
     "compile": "qpass.frontends.api",
     "explain": "qpass.frontends.explain",
+    "quantize": "qpass.frontends.quantize",
     "speculate": "qpass.frontends.speculation",
     "Scheme": "qpass.scheme",
     "Format": "qpass.scheme",
     "SCHEMES": "qpass.scheme",
 }
 
-__all__ = ["SCHEMES", "Format", "Scheme", "compile", "explain", "speculate"]
+__all__ = ["SCHEMES", "Format", "Scheme", "compile", "explain", "quantize", "speculate"]
 
 
 def __getattr__(name: str) -> Any:
