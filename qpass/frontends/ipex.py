@@ -194,8 +194,9 @@ class Prepared:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output; the batch is kept for :meth:`statistics`."""
-        if len(args) == 1 and isinstance(args[0], tuple) and [type(each) for each in args[0][:-1]] == [int]:
-            args = args[0][1:]  # IPEX' tutorial hands on what enumerate() gives
+        match args:
+            case ((int(), batch),):  # IPEX' tutorial hands on what enumerate() gives
+                args = (batch,)
         if len(args) == 1 and hasattr(args[0], "keys"):
             args, kwargs = (), {**args[0], **kwargs}
         if self.config.calibrates:
