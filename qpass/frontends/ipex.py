@@ -6,6 +6,7 @@ What has no equal raises UnsupportedError with the way to say it here.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -194,11 +195,12 @@ class Prepared:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output; the batch is kept for :meth:`statistics`."""
-        match args:
-            case ((int(), batch),):  # IPEX' tutorial hands on what enumerate() gives
-                args = (batch,)
-        if len(args) == 1 and hasattr(args[0], "keys"):
-            args, kwargs = (), {**args[0], **kwargs}
+        only = args[0] if len(args) == 1 else None
+        if isinstance(only, tuple) and len(only) == 2 and isinstance(only[0], int):
+            only = only[1]  # IPEX' tutorial hands on what enumerate() gives
+            args = (only,)
+        if isinstance(only, Mapping):
+            args, kwargs = (), {**only, **kwargs}
         if self.config.calibrates:
             self.batches.append(kwargs if kwargs and not args else args)
         with torch.no_grad():
