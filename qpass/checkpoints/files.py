@@ -60,6 +60,9 @@ class Checkpoint:
             self._opened[file] = safe_open(str(file), framework="pt")
         return self._opened[file].get_tensor(name)
 
+    def __deepcopy__(self, memo: object) -> Checkpoint:
+        return self  # mapped files don't change
+
     def part(self, module: str, suffix: str) -> TensorInfo:
         """The description of ``module.suffix``. Raises CheckpointError where it is missing."""
         info = self.infos.get(f"{module}.{suffix}")

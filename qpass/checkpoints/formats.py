@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from qpass.checkpoints.artefact import METHOD, Artefact
 from qpass.checkpoints.autoround import auto_round
 from qpass.checkpoints.awq import Awq
 from qpass.checkpoints.compressed_tensors import CompressedTensors
@@ -30,6 +31,7 @@ class Reader(Protocol):
 
 
 READERS: dict[str, Callable[[dict[str, Any], Path], Reader]] = {
+    METHOD: Artefact.of,
     "gptq": Gptq.of,
     "awq": Awq.of,
     "auto-round": auto_round,
