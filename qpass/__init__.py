@@ -5,15 +5,21 @@ qpass.compile(model, scheme="w4a16-g128")   the same with names
 qpass.quantize(model, algorithm="gptq")      better codes first, found with a calibration
 qpass.speculate(model, draft)               the same text in fewer steps: a draft proposes, one forward checks
 qpass.explain(model)                        what became of each linear
+qpass.load(path)                            a model in any format: full precision, GPTQ, AWQ, GGUF, our own artefact
+qpass.save(model, folder)                   quantized weights as an artefact, which from_pretrained reads
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qpass.frontends.registration import register_with_transformers
+
 if TYPE_CHECKING:
     from qpass.frontends.api import compile
     from qpass.frontends.explain import explain
+    from qpass.frontends.huggingface import QPassConfig, save
+    from qpass.frontends.load import load
     from qpass.frontends.quantize import quantize
     from qpass.frontends.speculation import speculate
     from qpass.scheme import SCHEMES, Format, Scheme
@@ -24,13 +30,27 @@ _PLACES = {
     "compile": "qpass.frontends.api",
     "explain": "qpass.frontends.explain",
     "quantize": "qpass.frontends.quantize",
+    "load": "qpass.frontends.load",
+    "save": "qpass.frontends.huggingface",
+    "QPassConfig": "qpass.frontends.huggingface",
     "speculate": "qpass.frontends.speculation",
     "Scheme": "qpass.scheme",
     "Format": "qpass.scheme",
     "SCHEMES": "qpass.scheme",
 }
 
-__all__ = ["SCHEMES", "Format", "Scheme", "compile", "explain", "quantize", "speculate"]
+__all__ = [
+    "SCHEMES",
+    "Format",
+    "QPassConfig",
+    "Scheme",
+    "compile",
+    "explain",
+    "load",
+    "quantize",
+    "save",
+    "speculate",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -40,6 +60,9 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+register_with_transformers()
 
 
 def __dir__() -> list[str]:
