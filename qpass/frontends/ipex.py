@@ -142,8 +142,8 @@ def optimize(
         raise UnsupportedError(f"device is {device!r}; qpass runs on the CPU")
     if low_precision_checkpoint is not None:
         raise UnsupportedError(
-            "low_precision_checkpoint has no equal: give the GPTQ or AWQ checkpoint's folder itself to "
-            "AutoModelForCausalLM.from_pretrained, or to qpass run; its codes run as they are"
+            "low_precision_checkpoint has no equal: a GPTQ or AWQ checkpoint is a model of its own here, whose codes run as "
+            "they are: ipex.llm.optimize(qpass.load(its folder))"
         )
     if quantization_config is not None and not isinstance(quantization_config, QConfig):
         raise OptionError(
