@@ -79,3 +79,22 @@ def waiting(text: str):  # type: ignore[no-untyped-def]
     )
     progress.add_task(text, total=None)
     return progress
+
+
+@contextmanager
+def counting(text: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Gives a function (done, note="") that draws a bar; ``total`` None: of unknown length."""
+    console = _console()
+    if console is None:
+        yield lambda done, note="": None
+        return
+    columns = (
+        TextColumn(text),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("[dim]{task.description}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda done, note="": progress.update(task, completed=done, description=note)
