@@ -12,14 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qpass.frontends.api import compile
+    from qpass.frontends.calibrate import calibrate
     from qpass.frontends.explain import explain
+    from qpass.frontends.recipe import Recipe
+    from qpass.frontends.search import search
     from qpass.frontends.speculation import speculate
+    from qpass.frontends.statistics import Statistics
     from qpass.scheme import SCHEMES, Format, Scheme
 
 __version__ = "0.1.0"
 
 _PLACES = {
     "compile": "qpass.frontends.api",
+    "calibrate": "qpass.frontends.calibrate",
+    "search": "qpass.frontends.search",
+    "Recipe": "qpass.frontends.recipe",
+    "Statistics": "qpass.frontends.statistics",
     "explain": "qpass.frontends.explain",
     "speculate": "qpass.frontends.speculation",
     "Scheme": "qpass.scheme",
@@ -27,7 +35,18 @@ _PLACES = {
     "SCHEMES": "qpass.scheme",
 }
 
-__all__ = ["SCHEMES", "Format", "Scheme", "compile", "explain", "speculate"]
+__all__ = [
+    "SCHEMES",
+    "Format",
+    "Recipe",
+    "Scheme",
+    "Statistics",
+    "calibrate",
+    "compile",
+    "explain",
+    "search",
+    "speculate",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qpass.algorithms.observe import Observer
 from qpass.algorithms.rtn import rtn
-from qpass.ops.prologue import quantize_activation, quantize_by_scale
+from qpass.qactivation import quantize_activation, quantize_by_scale
 from qpass.scheme import Scheme
 
 GRID = (None, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)

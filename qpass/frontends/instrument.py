@@ -103,22 +103,20 @@ def _insert_calls(graph: fx.Graph, ctx: Context, enter: Enter, linear: Linear) -
     nodes = list(graph.find_nodes(op="call_function", target=LINEAR))
     families: dict[fx.Node, list[tuple[fx.Node, Reader]]] = {}
     for node in nodes:
-        x, (weight,), _ = node.args
+        x, weight = node.args[0], node.args[1][0]  # type: ignore[index]
         ref = ctx.weight_ref(weight)
         assert ref is not None
         families.setdefault(x, []).append((node, Reader(node.meta["qpass_names"][0], ref, ctx.is_tied(weight))))
     writes = Writes(graph)
     for x, family in families.items():
-        if writes.touch(x):  # each reads it at another time
-            groups = [[member] for member in family]
-        else:
-            groups = [family]
+        # Where x is written to, each reads it at another time.
+        groups = [[member] for member in family] if writes.touch(x) else [family]
         for group in groups:
             shared = Shared(tuple(reader for _, reader in group))
             with graph.inserting_before(group[0][0]):
                 graph.call_function(_entering(enter, shared), (x,))
             for node, reader in group:
-                _, (weight,), (bias,) = node.args
+                weight, bias = node.args[1][0], node.args[2][0]  # type: ignore[index]
                 with graph.inserting_before(node):
                     new = graph.call_function(_computing(linear, reader), (x, weight, bias))
                 new.meta = dict(node.meta)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from qpass.passes.attributes import attach
 from qpass.lowering.store import Scaling, WeightRef
+from qpass.passes.attributes import attach
 from qpass.passes.context import Context
 from qpass.passes.fold_smoothing import COLUMNS, ROWS, X_SCALE, scheme_of
 from qpass.passes.values import VALUE
@@ -25,7 +25,7 @@ def quantize_linears(graph: fx.Graph, ctx: Context) -> int:
     ctx.check_names([*(name for node in linears for name in node.meta["qpass_names"]), *ctx.left])
     count = 0
     for node in linears:
-        x, weights, biases = node.args
+        x, _, biases = node.args
         scheme, given = scheme_of(node, ctx), ctx.given_of(node)
         if scheme.weight is None:
             continue
