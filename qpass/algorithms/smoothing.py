@@ -41,6 +41,7 @@ class Error:
 
 
 METRIC = "mean"
+BASES = ("absmax",)
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,12 @@ def smooth(
     energy = sum(y.square().sum(dim=1) for y in outputs).clamp_(min=1e-12)  # type: ignore[union-attr]
     static = any(scheme.activation == "a8-static" for scheme in schemes)
     best: Smoothed | None = None
-    for candidate in grid:
-        s = None if candidate is None else divisor(absmax, weights, candidate)
+    typical = observer.sample.float().abs().amax(dim=0).clamp_(min=1e-6 * float(absmax.max())).minimum(absmax)
+    bases = [absmax]
+    if alpha == "auto":
+        bases = [{"absmax": absmax, "typical": typical, "geo": (absmax * typical).sqrt()}[b] for b in BASES]
+    for candidate, base in [(c, b) for c in grid for b in (bases if c is not None else bases[:1])]:
+        s = None if candidate is None else divisor(base, weights, candidate)
         flat = rows if s is None else rows / s
         scaled = [part if s is None else part * s for part in parts]
         codes = [

@@ -108,7 +108,8 @@ def _insert_calls(graph: fx.Graph, ctx: Context, enter: Enter, linear: Linear) -
         assert ref is not None
         families.setdefault(x, []).append((node, Reader(node.meta["qpass_names"][0], ref, ctx.is_tied(weight))))
     writes = Writes(graph)
-    for x, family in families.items():
+    for family in families.values():
+        x = family[0][0].args[0]  # not the key, which may have been a linear that is replaced by now
         # Where x is written to, each reads it at another time.
         groups = [[member] for member in family] if writes.touch(x) else [family]
         for group in groups:

@@ -17,7 +17,7 @@ from qpass.passes.context import Context
 from qpass.passes.linears import LINEAR
 from qpass.passes.norms import NORM
 from qpass.passes.preceding import Rows, rows_before
-from qpass.passes.values import VALUE, Writes, set_value, tensor_of
+from qpass.passes.values import VALUE, Writes, tensor_of
 from qpass.scheme import Scheme
 
 COLUMNS = "qpass_columns"
@@ -37,11 +37,16 @@ _SCHEME, _NOTES = "qpass_scheme", "qpass_notes"
 
 @dataclass(frozen=True)
 class _Family:
-    """Linears that read ``x``, and want ``x * inverse`` in its place: one over the divisor, 0 for an outlier."""
+    """Linears that read one ``x``, and want ``x * inverse`` in its place: one over the divisor, 0 for an outlier."""
 
-    x: fx.Node
     linears: list[fx.Node]
     inverse: Tensor | None
+
+    @property
+    def x(self) -> fx.Node:
+        found = self.linears[0].args[0]
+        assert isinstance(found, fx.Node)
+        return found
 
 
 def scheme_of(node: fx.Node, ctx: Context) -> Scheme:
@@ -80,14 +85,14 @@ def _families(graph: fx.Graph, ctx: Context, writes: Writes) -> Iterator[_Family
         given = ctx.given_of(node)
         alone = node if writes.touch(node.args[0]) else None  # then each reads it at another time
         by_input.setdefault((node.args[0], alone, None if given is None else given.input_key), []).append(node)
-    for (x, _, wants), linears in by_input.items():
+    for (_, _, wants), linears in by_input.items():
         given = None if wants is None else ctx.given_of(linears[0])
         if ctx.calibrated is not None:
-            yield _Family(x, linears, _decide(linears, given, ctx))
+            yield _Family(linears, _decide(linears, given, ctx))
         else:
             _check_static(linears, ctx)
             wanted = None if given is None else given.divisor
-            yield _Family(x, linears, None if wanted is None else wanted.reciprocal())
+            yield _Family(linears, None if wanted is None else wanted.reciprocal())
 
 
 def _check_static(linears: list[fx.Node], ctx: Context) -> None:
@@ -146,7 +151,7 @@ def _keep_apart(linears: list[fx.Node], schemes: list[Scheme], ctx: Context) -> 
     mask = torch.ones_like(absmax).index_fill_(0, outliers, 0.0)
     with graph.inserting_before(min(linears)):
         few = graph.call_function(torch.index_select, (x, -1, attach(graph, "qpass_outliers", outliers)))
-    set_value(few)
+    few.meta = {VALUE: tensor_of(x)[..., : len(outliers)].clone()}  # type: ignore[index]
     for node in linears:
         refs = tuple(ref for weight in node.args[1] if (ref := ctx.weight_ref(weight)) is not None)  # type: ignore[union-attr]
         with graph.inserting_after(node):
