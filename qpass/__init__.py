@@ -2,6 +2,7 @@
 
 torch.compile(model, backend="qpass")       any model; int8 weights by default
 qpass.compile(model, scheme="w4a16-g128")   the same with names
+qpass.quantize(model, algorithm="gptq")      better codes first, found with a calibration
 qpass.speculate(model, draft)               the same text in fewer steps: a draft proposes, one forward checks
 qpass.explain(model)                        what became of each linear
 """
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from qpass.frontends.api import compile
     from qpass.frontends.calibrate import calibrate
     from qpass.frontends.explain import explain
+    from qpass.frontends.quantize import quantize
     from qpass.frontends.recipe import Recipe
     from qpass.frontends.search import search
     from qpass.frontends.speculation import speculate
@@ -29,6 +31,7 @@ _PLACES = {
     "Recipe": "qpass.frontends.recipe",
     "Statistics": "qpass.frontends.statistics",
     "explain": "qpass.frontends.explain",
+    "quantize": "qpass.frontends.quantize",
     "speculate": "qpass.frontends.speculation",
     "Scheme": "qpass.scheme",
     "Format": "qpass.scheme",
@@ -44,6 +47,7 @@ __all__ = [
     "calibrate",
     "compile",
     "explain",
+    "quantize",
     "search",
     "speculate",
 ]

@@ -27,12 +27,14 @@ class Format:
     """How one weight matrix is stored.
 
     ``group`` is the number of consecutive inputs (along K) that share a scale and a zero; ``None`` means one per
-    output channel. A symmetric format fixes every zero at ``2 ** (bits - 1)``.
+    output channel. A symmetric format fixes every zero at ``2 ** (bits - 1)``. Zeros are codes unless ``float_zeros``
+    says that they may be any number: then ``w = d * code + m`` is held too, as ``zero = -m / d``.
     """
 
     bits: int
     group: int | None = None
     symmetric: bool = False
+    float_zeros: bool = False
 
     @property
     def max_code(self) -> int:
@@ -75,6 +77,8 @@ class Scheme:
         name = f"w{weight.bits}a{8 if int8 else 16}" + (f"-g{weight.group}" if weight.group else "")
         if weight.symmetric != (weight.bits == 8):
             name += "-sym" if weight.symmetric else "-asym"
+        if weight.float_zeros:
+            name += "-floatzero"
         if activation == "a8-static":
             return cls(f"{name}-static", weight, activation)
         if int8 and weight == Format(8, None, True):
@@ -83,7 +87,7 @@ class Scheme:
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
-        """Read a scheme's name: ``w<bits>a<16|8>[-g<group>][-sym|-asym][-dynamic|-static|-outlier]``.
+        """Read a scheme's name: ``w<bits>a<16|8>[-g<group>][-sym|-asym][-floatzero][-dynamic|-static|-outlier]``.
 
         Int8 is symmetric, fewer bits are asymmetric unless the name says otherwise. Raises :class:`SchemeError`, which
         names what is accepted.
@@ -95,8 +99,8 @@ class Scheme:
             raise SchemeError(f"unknown scheme {name!r}; accepted: {ACCEPTED}")
         bits, act = int(match["w"]), int(match["a"])
         group = int(match["g"]) if match["g"] else None
-        how, symmetry = match["how"], match["sym"]
-        if (bits, act) == (16, 16) and group is None and not symmetry and not how:
+        how, symmetry, float_zeros = match["how"], match["sym"], bool(match["floatzero"])
+        if (bits, act) == (16, 16) and group is None and not (symmetry or how or float_zeros):
             return cls(name, None, "a16")
         if bits not in BITS or act not in (8, 16):
             raise SchemeError(f"unknown scheme {name!r}; accepted: {ACCEPTED}")
@@ -104,9 +108,12 @@ class Scheme:
             raise SchemeError(f"scheme {name!r}: group {group} is not one of {', '.join(map(str, GROUPS))}")
         if how and act != 8:
             raise SchemeError(f"scheme {name!r}: {how!r} speaks of int8 activations; accepted: {ACCEPTED}")
-        if how == "outlier" and (bits, group, symmetry) != (8, None, None):
+        if how == "outlier" and (bits, group, symmetry, float_zeros) != (8, None, None, False):
             raise SchemeError(f"scheme {name!r}: outliers are kept apart in w8a8-outlier only; accepted: {ACCEPTED}")
-        format = Format(bits, group, symmetry == "sym" if symmetry else bits == 8)
+        if float_zeros and symmetry == "sym":
+            raise SchemeError(f"scheme {name!r}: a symmetric format has no zeros of its own, so no 'floatzero'")
+        symmetric = symmetry == "sym" if symmetry else bits == 8 and not float_zeros
+        format = Format(bits, group, symmetric, float_zeros)
         if how == "static":
             return cls(name, format, "a8-static")
         activation: Activation = "a16" if act == 16 else "a8-token-group" if group else "a8-token"
@@ -114,13 +121,14 @@ class Scheme:
 
 
 _NAME = re.compile(
-    r"w(?P<w>\d+)a(?P<a>\d+)(?:-g(?P<g>\d+))?(?:-(?P<sym>sym|asym))?(?:-(?P<how>dynamic|static|outlier))?"
+    r"w(?P<w>\d+)a(?P<a>\d+)(?:-g(?P<g>\d+))?(?:-(?P<sym>sym|asym))?(?P<floatzero>-floatzero)?"
+    r"(?:-(?P<how>dynamic|static|outlier))?"
 )
 
 ACCEPTED = (
     "w16a16, w8a16, w8a8-dynamic, w<2|3|4>a<16|8>, w<2|3|4|8>a<16|8>-g<16|32|64|128>, each with -sym or -asym behind it "
-    "where it should differ from the default (int8 symmetric, fewer bits asymmetric), and with -static behind that where "
-    "int8 activations should have one scale from calibration; w8a8-outlier"
+    "where it should differ from the default (int8 symmetric, fewer bits asymmetric), or -floatzero for zeros that are no "
+    "codes, and with -static behind that where int8 activations should have one scale from calibration; w8a8-outlier"
 )
 
 SCHEMES: dict[str, Scheme] = {

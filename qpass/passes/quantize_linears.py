@@ -12,6 +12,7 @@ from qpass.passes.attributes import attach
 from qpass.passes.context import Context
 from qpass.passes.fold_smoothing import COLUMNS, ROWS, X_SCALE, scheme_of
 from qpass.passes.values import VALUE
+from qpass.qweight import zero_dtype
 from qpass.scheme import Format
 
 
@@ -93,5 +94,5 @@ def _tensors(ctx: Context, refs: tuple, format: Format, n: int, k: int) -> tuple
     return (
         torch.empty(n, k, dtype=torch.uint8, device="meta"),
         torch.empty(n, groups, device="meta"),
-        torch.empty(n, groups, dtype=torch.uint8, device="meta"),
+        torch.empty(n, groups, dtype=zero_dtype(format), device="meta"),
     )
