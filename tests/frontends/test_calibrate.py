@@ -12,6 +12,7 @@ import qpass
 from qpass.algorithms.observe import BINS, EXTREMES, SAMPLE, Observer
 from qpass.errors import CheckpointError, OptionError, QpassError, UnsupportedError
 from qpass.frontends.calibrate import calibrate
+from qpass.frontends.instrument import instrument
 from qpass.frontends.options import Options
 from qpass.frontends.statistics import Statistics
 from tests.support.capture import Body
@@ -168,6 +169,16 @@ def test_bad_sets_are_refused(llama):
         calibrate(nn.Sequential(nn.Linear(4, 4)), [torch.zeros(1, 4)])
     with pytest.raises(OptionError, match="no linear layer"):
         calibrate(nn.Sequential(nn.ReLU()).eval(), [torch.zeros(1, 4)])
+
+
+def test_a_model_that_torch_stops_compiling_is_an_error_not_an_eager_run():
+    model = Body(lambda m, x: m.fc(x) * m.factor, fc=nn.Linear(4, 4)).eval()
+    model.factor = 0
+    run = instrument(model, limit=2)
+    run(torch.zeros(1, 4))
+    with pytest.raises(QpassError, match="Body ran without its graphs"):
+        for model.factor in (1, 2.5, 3, 4):
+            run(torch.zeros(1, 4))
 
 
 def test_nan_names_the_layer():
