@@ -58,6 +58,7 @@ _HARMLESS = frozenset(
         "_is_view",
         "is_inference",
         "is_shared",
+        "_has_compatible_shallow_copy_type",
     ]
 )
 """What may be asked of a released weight: everything that doesn't look at its values."""
