@@ -2,6 +2,7 @@
 
 torch.compile(model, backend="qpass")       any model; int8 weights by default
 qpass.compile(model, scheme="w4a16-g128")   the same with names
+qpass.quantize(model, algorithm="gptq")      better codes first, found with a calibration
 qpass.speculate(model, draft)               the same text in fewer steps: a draft proposes, one forward checks
 qpass.explain(model)                        what became of each linear
 qpass.load(path)                            a model in any format: full precision, GPTQ, AWQ, GGUF, our own artefact
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from qpass.frontends.explain import explain
     from qpass.frontends.huggingface import QPassConfig, save
     from qpass.frontends.load import load
+    from qpass.frontends.quantize import quantize
     from qpass.frontends.speculation import speculate
     from qpass.scheme import SCHEMES, Format, Scheme
 
@@ -30,13 +32,14 @@ _PLACES = {
     "load": "qpass.frontends.load",
     "save": "qpass.frontends.huggingface",
     "QPassConfig": "qpass.frontends.huggingface",
+    "quantize": "qpass.frontends.quantize",
     "speculate": "qpass.frontends.speculation",
     "Scheme": "qpass.scheme",
     "Format": "qpass.scheme",
     "SCHEMES": "qpass.scheme",
 }
 
-__all__ = ["SCHEMES", "Format", "QPassConfig", "Scheme", "compile", "explain", "load", "save", "speculate"]
+__all__ = ["SCHEMES", "Format", "QPassConfig", "Scheme", "compile", "explain", "load", "quantize", "save", "speculate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ class QWeight:
 
     codes   uint8  [N, K]    unsigned, at most ``format.max_code``
     scales  fp32   [N, K/G]  G inputs share one; K/G rounds up, the last group may be short; G = K per channel
-    zeros   uint8  [N, K/G]  in code units
+    zeros   uint8  [N, K/G]  in code units; fp32 where the format says float_zeros
     """
 
     codes: Tensor
@@ -28,7 +28,10 @@ class QWeight:
         if self.codes.dim() != 2 or self.codes.dtype != torch.uint8:
             raise ValueError(f"codes must be uint8 [N, K], not {self.codes.dtype} {list(self.codes.shape)}")
         expected = (self.n, self.format.groups_of(self.k))
-        for name, tensor, dtype in (("scales", self.scales, torch.float32), ("zeros", self.zeros, torch.uint8)):
+        for name, tensor, dtype in (
+            ("scales", self.scales, torch.float32),
+            ("zeros", self.zeros, zero_dtype(self.format)),
+        ):
             if tensor.dtype != dtype or tuple(tensor.shape) != expected:
                 raise ValueError(f"{name} must be {dtype} {list(expected)}, not {tensor.dtype} {list(tensor.shape)}")
 
@@ -49,3 +52,7 @@ class QWeight:
         """The weights that the codes stand for, fp32 [N, K]: the reference for every kernel."""
         scales, zeros = (t.repeat_interleave(self.group, dim=1)[:, : self.k] for t in (self.scales, self.zeros))
         return (self.codes.float() - zeros.float()) * scales
+
+
+def zero_dtype(format: Format) -> torch.dtype:
+    return torch.float32 if format.float_zeros else torch.uint8

@@ -13,7 +13,8 @@ from typing import Literal
 
 from qpass.errors import SchemeError
 
-Activation = Literal["a16", "a8-token", "a8-token-group"]
+Activation = Literal["a16", "a8-token", "a8-token-group", "a8-static"]
+"""As they are; int8 with a scale a token, a scale a token and weight group, or one scale for all that calibration found."""
 
 BITS = (2, 3, 4, 8)
 
@@ -26,12 +27,14 @@ class Format:
     """How one weight matrix is stored.
 
     ``group`` is the number of consecutive inputs (along K) that share a scale and a zero; ``None`` means one per
-    output channel. A symmetric format fixes every zero at ``2 ** (bits - 1)``.
+    output channel. A symmetric format fixes every zero at ``2 ** (bits - 1)``. Zeros are codes unless ``float_zeros``
+    says that they may be any number: then ``w = d * code + m`` is held too, as ``zero = -m / d``.
     """
 
     bits: int
     group: int | None = None
     symmetric: bool = False
+    float_zeros: bool = False
 
     @property
     def max_code(self) -> int:
@@ -44,11 +47,16 @@ class Format:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A weight format and an activation rule under one name. ``weight is None`` leaves the layer as it is."""
+    """A weight format and an activation rule under one name. ``weight is None`` leaves the layer as it is.
+
+    ``outliers``: the few inputs that calibration found far larger than the rest stay in 16 bits, with their columns of the
+    weight (LLM.int8, arXiv 2208.07339).
+    """
 
     name: str
     weight: Format | None
     activation: Activation
+    outliers: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -57,6 +65,11 @@ class Scheme:
     def quantizes(self) -> bool:
         return self.weight is not None
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether calibration must have seen the layer's input."""
+        return self.activation == "a8-static" or self.outliers
+
     @classmethod
     def of(cls, weight: Format, activation: Activation) -> Scheme:
         """The scheme of weights in this format whose activations are int8 or not as ``activation`` says."""
@@ -64,13 +77,17 @@ class Scheme:
         name = f"w{weight.bits}a{8 if int8 else 16}" + (f"-g{weight.group}" if weight.group else "")
         if weight.symmetric != (weight.bits == 8):
             name += "-sym" if weight.symmetric else "-asym"
+        if weight.float_zeros:
+            name += "-floatzero"
+        if activation == "a8-static":
+            return cls(f"{name}-static", weight, activation)
         if int8 and weight == Format(8, None, True):
             name += "-dynamic"
         return cls(name, weight, "a16" if not int8 else "a8-token-group" if weight.group else "a8-token")
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
-        """Read a scheme's name: ``w<bits>a<16|8>[-g<group>][-sym|-asym][-dynamic]``.
+        """Read a scheme's name: ``w<bits>a<16|8>[-g<group>][-sym|-asym][-floatzero][-dynamic|-static|-outlier]``.
 
         Int8 is symmetric, fewer bits are asymmetric unless the name says otherwise. Raises :class:`SchemeError`, which
         names what is accepted.
@@ -82,32 +99,36 @@ class Scheme:
             raise SchemeError(f"unknown scheme {name!r}; accepted: {ACCEPTED}")
         bits, act = int(match["w"]), int(match["a"])
         group = int(match["g"]) if match["g"] else None
-        dynamic, symmetry = bool(match["dynamic"]), match["sym"]
-        if (bits, act) == (16, 16) and group is None and not symmetry and not dynamic:
+        how, symmetry, float_zeros = match["how"], match["sym"], bool(match["floatzero"])
+        if (bits, act) == (16, 16) and group is None and not (symmetry or how or float_zeros):
             return cls(name, None, "a16")
-        if match["static"]:
-            raise SchemeError(
-                f"scheme {name!r}: a static scale of the activations comes from calibration, which qpass doesn't do yet; "
-                f"accepted: {ACCEPTED}"
-            )
         if bits not in BITS or act not in (8, 16):
             raise SchemeError(f"unknown scheme {name!r}; accepted: {ACCEPTED}")
         if group is not None and group not in GROUPS:
             raise SchemeError(f"scheme {name!r}: group {group} is not one of {', '.join(map(str, GROUPS))}")
-        if dynamic and act != 8:
-            raise SchemeError(f"scheme {name!r}: 'dynamic' speaks of int8 activations; accepted: {ACCEPTED}")
-        symmetric = symmetry == "sym" if symmetry else bits == 8
+        if how and act != 8:
+            raise SchemeError(f"scheme {name!r}: {how!r} speaks of int8 activations; accepted: {ACCEPTED}")
+        if how == "outlier" and (bits, group, symmetry, float_zeros) != (8, None, None, False):
+            raise SchemeError(f"scheme {name!r}: outliers are kept apart in w8a8-outlier only; accepted: {ACCEPTED}")
+        if float_zeros and symmetry == "sym":
+            raise SchemeError(f"scheme {name!r}: a symmetric format has no zeros of its own, so no 'floatzero'")
+        symmetric = symmetry == "sym" if symmetry else bits == 8 and not float_zeros
+        format = Format(bits, group, symmetric, float_zeros)
+        if how == "static":
+            return cls(name, format, "a8-static")
         activation: Activation = "a16" if act == 16 else "a8-token-group" if group else "a8-token"
-        return cls(name, Format(bits, group, symmetric), activation)
+        return cls(name, format, activation, outliers=how == "outlier")
 
 
 _NAME = re.compile(
-    r"w(?P<w>\d+)a(?P<a>\d+)(?:-g(?P<g>\d+))?(?:-(?P<sym>sym|asym))?(?P<dynamic>-dynamic)?(?P<static>-static)?"
+    r"w(?P<w>\d+)a(?P<a>\d+)(?:-g(?P<g>\d+))?(?:-(?P<sym>sym|asym))?(?P<floatzero>-floatzero)?"
+    r"(?:-(?P<how>dynamic|static|outlier))?"
 )
 
 ACCEPTED = (
     "w16a16, w8a16, w8a8-dynamic, w<2|3|4>a<16|8>, w<2|3|4|8>a<16|8>-g<16|32|64|128>, each with -sym or -asym behind it "
-    "where it should differ from the default (int8 symmetric, fewer bits asymmetric)"
+    "where it should differ from the default (int8 symmetric, fewer bits asymmetric), or -floatzero for zeros that are no "
+    "codes, and with -static behind that where int8 activations should have one scale from calibration; w8a8-outlier"
 )
 
 SCHEMES: dict[str, Scheme] = {
@@ -116,6 +137,8 @@ SCHEMES: dict[str, Scheme] = {
         "w16a16",
         "w8a16",
         "w8a8-dynamic",
+        "w8a8-static",
+        "w8a8-outlier",
         "w4a16-g32",
         "w4a16-g64",
         "w4a16-g128",

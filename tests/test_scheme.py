@@ -23,6 +23,8 @@ from qpass.scheme import BITS, GROUPS, SCHEMES, Format, Scheme
         ("w4a8", Format(4, None, False), "a8-token"),
         ("w8a8-dynamic", Format(8, None, True), "a8-token"),
         ("w3a16-g64", Format(3, 64, False), "a16"),
+        ("w4a16-g32-floatzero", Format(4, 32, False, True), "a16"),
+        ("w8a8-floatzero", Format(8, None, False, True), "a8-token"),
         ("w3a8-g64-sym", Format(3, 64, True), "a8-token-group"),
         ("w2a16-g32", Format(2, 32, False), "a16"),
         ("w2a8-g16-dynamic", Format(2, 16, False), "a8-token-group"),

@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qpass.qweight import QWeight
+from qpass.qweight import QWeight, zero_dtype
 from qpass.scheme import Format
 
 AT_ONCE = 1 << 18
 """Weights at a time: a matrix would otherwise need several fp32 copies of itself."""
 
-_HALF_TINY = 2.0**-14  # the smallest normal float16
+HALF_TINY = 2.0**-14  # the smallest normal float16
 
 
 def rtn(weight: Tensor, format: Format) -> QWeight:
     """Quantize ``weight`` [N, K] (any float dtype) without data; a pure function.
 
-    Asymmetric: ``scale = (max - min) / max_code`` with the range widened to hold 0, so that 0 is exact. Symmetric:
-    ``scale = absmax / (2**(bits-1) - 1)`` around the middle code. Grouped scales are rounded up to float16, whose
+    Asymmetric: ``scale = (max - min) / max_code`` with the range widened to hold 0, so that 0 is exact (not so with
+    float_zeros). Symmetric: ``scale = absmax / (2**(bits-1) - 1)`` around the middle code. Grouped scales are rounded up to float16, whose
     half size pays in bandwidth, unless one of the tensor's scales is outside of float16's normal range. A group of
     zeros gets scale 1 and codes at its zero. Raises ValueError for a weight that holds NaN or infinity.
     """
@@ -31,39 +31,41 @@ def rtn(weight: Tensor, format: Format) -> QWeight:
 
     scales, lowest = torch.empty(n, groups), torch.empty(n, groups)
     for rows in blocks:
-        w = _grouped(weight[rows], groups, group)
+        w = grouped(weight[rows], groups, group)
         if not bool(torch.isfinite(w).all()):
             raise ValueError("the weight holds NaN or infinity")
         if format.symmetric:
             scales[rows] = w.abs().amax(dim=2) / (middle - 1)
         else:
-            lowest[rows] = w.amin(dim=2).clamp(max=0)
-            scales[rows] = (w.amax(dim=2).clamp(min=0) - lowest[rows]) / format.max_code
-    scales = _storable(scales, format)
-    zeros = (
-        torch.full_like(scales, middle) if format.symmetric else (-lowest / scales).round_().clamp_(0, format.max_code)
-    )
+            lowest[rows], highest = w.amin(dim=2), w.amax(dim=2)
+            if not format.float_zeros:
+                lowest[rows], highest = lowest[rows].clamp(max=0), highest.clamp(min=0)
+            scales[rows] = (highest - lowest[rows]) / format.max_code
+    scales = storable(scales, format)
+    zeros = torch.full_like(scales, middle) if format.symmetric else -lowest / scales
+    if not format.float_zeros:
+        zeros = zeros.round_().clamp_(0, format.max_code)
 
     codes = torch.empty(n, k, dtype=torch.uint8)
     smallest = 1 if format.symmetric else 0  # keeps symmetric codes symmetric around the middle
     for rows in blocks:
-        w = _grouped(weight[rows], groups, group)
-        w = (w / scales[rows, :, None]).round_().add_(zeros[rows, :, None]).clamp_(smallest, format.max_code)
+        w = grouped(weight[rows], groups, group)
+        w = (w / scales[rows, :, None]).add_(zeros[rows, :, None]).round_().clamp_(smallest, format.max_code)
         codes[rows] = w.view(-1, groups * group)[:, :k].to(torch.uint8)
-    return QWeight(codes, scales, zeros.to(torch.uint8), format)
+    return QWeight(codes, scales, zeros.to(zero_dtype(format)), format)
 
 
-def _grouped(weight: Tensor, groups: int, group: int) -> Tensor:
+def grouped(weight: Tensor, groups: int, group: int) -> Tensor:
     """Rows in fp32, zeros behind their end: [rows, K/G, G]."""
     w = weight.detach().float()
     return torch.nn.functional.pad(w, (0, groups * group - w.shape[1])).view(-1, groups, group)
 
 
-def _storable(scales: Tensor, format: Format) -> Tensor:
+def storable(scales: Tensor, format: Format) -> Tensor:
     """Scales that packing keeps exactly: float16 where a group has its own and the range allows, fp32 otherwise."""
     tiny = torch.finfo(torch.float32).tiny
     scales = torch.where(scales > tiny, scales, torch.ones_like(scales))
-    if format.group is None or float(scales.min()) < _HALF_TINY or float(scales.max()) > 32752.0:
+    if format.group is None or float(scales.min()) < HALF_TINY or float(scales.max()) > 32752.0:
         return scales
     half = scales.half()
     above = (half.view(torch.int16) + 1).view(torch.float16)  # a positive float's next is its bit pattern plus one

@@ -31,8 +31,8 @@ from qpass.errors import CheckpointError, OptionError, UnsupportedError
 from qpass.frontends.stored_layers import read_layers
 from qpass.lowering.given import Given, give, given_of
 from qpass.lowering.released import ReleasedParameter, forget_pages, return_memory, without_values
-from qpass.qweight import QWeight
-from qpass.scheme import Format, Scheme
+from qpass.qweight import QWeight, zero_dtype
+from qpass.scheme import Scheme
 
 
 class QPassConfig(QuantizationConfigMixin):
@@ -240,14 +240,11 @@ def in_memory(weight: QWeight) -> Any:
     shape, k, format = weight.zeros.shape, weight.k, weight.format
 
     def read() -> QWeight:
-        zero = torch.full(shape, _middle(format), dtype=torch.uint8) if zeros is None else zeros
+        middle = 1 << format.bits - 1
+        zero = torch.full(shape, middle, dtype=zero_dtype(format)) if zeros is None else zeros
         return QWeight(unpack_bits(codes, format.bits, k), scales.float(), zero, format)
 
     return read
-
-
-def _middle(format: Format) -> int:
-    return 1 << format.bits - 1
 
 
 def parameter_of(name: str, linear: StoredLinear, dtype: torch.dtype) -> ReleasedParameter:

@@ -12,8 +12,9 @@ escaped, whatever a model may write.
 
 from __future__ import annotations
 
+import functools
 import html
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,28 @@ def write_trace(
     Path(path).write_text(page(rows, rounds, title=title, prompts=prompts, switches=switches), encoding="utf-8")
 
 
+def to_settings(stats: Any, tokenizer: Any, input_ids: Any) -> dict[str, Any]:
+    """The first row of a generation as plain values, for a Record: text by who proposed it, rounds, switches, prompt."""
+    decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    pieces = shown(stats.pieces[0], lambda ids: str(decode(ids)))
+    return {
+        "pieces": [[piece.text, piece.by, piece.rejected] for piece in pieces],
+        "rounds": [
+            [r.asked, list(r.drafted), list(r.accepted), round(r.draft_ms, 3), round(r.verify_ms, 3)]
+            for r in stats.rounds
+        ],
+        "switches": [[s.at, s.on] for s in stats.switches],
+        "text": str(decode(input_ids[0])),
+    }
+
+
+def section_of(settings: Mapping[str, Any]) -> str:
+    """What :func:`to_settings` kept, as the page's charts and text."""
+    row = [Shown(*piece) for piece in settings["pieces"]]
+    rounds = [Round(k, tuple(drafted), tuple(taken), *ms) for k, drafted, taken, *ms in settings["rounds"]]
+    return section([row], rounds, prompts=[settings["text"]], switches=[Switch(*s) for s in settings["switches"]])
+
+
 def page(
     rows: Sequence[Sequence[Shown]],
     rounds: Sequence[Round],
@@ -74,12 +97,6 @@ def page(
     switches: Sequence[Switch] = (),
 ) -> str:
     """The page as HTML that is well-formed XML as well."""
-    drafts = sorted({piece.by for row in rows for piece in row} - {TARGET}, key=lambda by: (by != "draft", by))
-    kinds = {TARGET: "own"} | {by: f"d{i % 4}" for i, by in enumerate(drafts)}
-    texts = "\n".join(
-        f'<pre class="row">{_prompt(prompts, i)}{"".join(_token(piece, kinds[piece.by]) for piece in row)}</pre>'
-        for i, row in enumerate(rows)
-    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -92,17 +109,34 @@ def page(
 <body>
 <main>
 <h1>{_safe(title)}</h1>
-<p class="summary">{_safe(summary(rows, rounds))}</p>
+{section(rows, rounds, prompts=prompts, switches=switches)}
+</main>
+</body>
+</html>
+"""
+
+
+def section(
+    rows: Sequence[Sequence[Shown]],
+    rounds: Sequence[Round],
+    *,
+    prompts: Sequence[str] = (),
+    switches: Sequence[Switch] = (),
+) -> str:
+    """Summary, charts and text; needs :data:`STYLE`."""
+    drafts = sorted({piece.by for row in rows for piece in row} - {TARGET}, key=lambda by: (by != "draft", by))
+    kinds = {TARGET: "own"} | {by: f"d{i % 4}" for i, by in enumerate(drafts)}
+    texts = "\n".join(
+        f'<pre class="row">{_prompt(prompts, i)}{"".join(_token(piece, kinds[piece.by]) for piece in row)}</pre>'
+        for i, row in enumerate(rows)
+    )
+    return f"""<p class="summary">{_safe(summary(rows, rounds))}</p>
 {_charts(rounds, switches)}
 <input type="checkbox" id="refused" checked="checked" /><label for="refused">show what was refused</label>
 {_legend(kinds)}
 <section class="text">
 {texts}
-</section>
-</main>
-</body>
-</html>
-"""
+</section>"""
 
 
 def summary(rows: Sequence[Sequence[Shown]], rounds: Sequence[Round]) -> str:

@@ -12,13 +12,14 @@ GROUPS = (None, 32, 64, 128, 16)
 RULES = ("a16", "a8-token", "a8-token-group", "a8-static")
 """Each in the order of its numbers, which never change: new values come behind."""
 
-NUMBERS = 256
+NUMBERS = 512
 
 
 @dataclass(frozen=True)
 class KernelFormat:
-    """``bits`` of a code, ``group`` (None: per channel), the activation ``rule``, and the bytes of a stored scale.
+    """``bits`` of a code, ``group`` (None: per channel), the activation ``rule``, and the bytes of a stored scale and zero.
 
+    A zero is a code (1 byte) or any fp32 number (4).
     Its ``number`` means the same in every process. Raises ValueError for a combination that no kernel has.
     """
 
@@ -26,6 +27,7 @@ class KernelFormat:
     group: int | None
     rule: str
     scale_bytes: int = 4
+    zero_bytes: int = 1
 
     def __post_init__(self) -> None:
         if (
@@ -33,6 +35,7 @@ class KernelFormat:
             or self.group not in GROUPS
             or self.rule not in RULES
             or self.scale_bytes not in (2, 4)
+            or self.zero_bytes not in (1, 4)
         ):
             raise ValueError(f"no kernel has {self}")
         if self.group is None and self.rule == "a8-token-group":
@@ -40,10 +43,10 @@ class KernelFormat:
 
     @property
     def number(self) -> int:
-        """Bits 0 and 7: bits; 1, 2 and 6: group; 3 and 4: rule; 5: fp32 scales."""
+        """Bits 0 and 7: bits; 1, 2 and 6: group; 3 and 4: rule; 5: fp32 scales; 8: fp32 zeros."""
         bits, group, rule = BITS.index(self.bits), GROUPS.index(self.group), RULES.index(self.rule)
         low = bits & 1 | (group & 3) << 1 | rule << 3 | (self.scale_bytes == 4) << 5
-        return low | (group >> 2) << 6 | (bits >> 1) << 7
+        return low | (group >> 2) << 6 | (bits >> 1) << 7 | (self.zero_bytes == 4) << 8
 
     @classmethod
     def of(cls, number: int) -> KernelFormat:
@@ -51,16 +54,18 @@ class KernelFormat:
         group = number >> 1 & 3 | (number >> 6 & 1) << 2
         if not 0 <= number < NUMBERS or group >= len(GROUPS):
             raise ValueError(f"{number} is no format")
-        bits = BITS[number & 1 | (number >> 7) << 1]
+        bits = BITS[number & 1 | (number >> 7 & 1) << 1]
         try:
-            return cls(bits, GROUPS[group], RULES[number >> 3 & 3], 4 if number >> 5 & 1 else 2)
+            return cls(
+                bits, GROUPS[group], RULES[number >> 3 & 3], 4 if number >> 5 & 1 else 2, 4 if number >> 8 else 1
+            )
         except ValueError as error:
             raise ValueError(f"{number} is no format: {error}") from None
 
     @property
     def name(self) -> str:
         group = f"g{self.group}" if self.group else "channel"
-        return f"w{self.bits}-{group}-{self.rule}-f{8 * self.scale_bytes}"
+        return f"w{self.bits}-{group}-{self.rule}-f{8 * self.scale_bytes}" + ("-fz" if self.zero_bytes == 4 else "")
 
     @property
     def chunk(self) -> int:
@@ -85,4 +90,4 @@ class KernelFormat:
     def packed_bytes(self, n: int, k: int, glu: bool = False) -> int:
         """Length of the packed weight: per block and group the codes, 64 scales and 64 zeros."""
         codes = BLOCK * self.padded_k(k) * self.bits // 8
-        return self.blocks(n, glu) * (codes + self.groups(k) * BLOCK * (self.scale_bytes + 1))
+        return self.blocks(n, glu) * (codes + self.groups(k) * BLOCK * (self.scale_bytes + self.zero_bytes))

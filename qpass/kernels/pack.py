@@ -26,10 +26,10 @@ def scale_bytes(scales: Tensor) -> int:
 
 
 def pack(codes: Tensor, scales: Tensor, zeros: Tensor, format: KernelFormat, glu: bool = False) -> Tensor:
-    """``codes`` uint8 [N, K], ``scales`` fp32 and ``zeros`` uint8 [N, K/G] -> uint8 [packed bytes].
+    """``codes`` uint8 [N, K], ``scales`` fp32 and ``zeros`` uint8 or fp32 [N, K/G] -> uint8 [packed bytes].
 
     ``glu`` marks a weight that stacks N/2 gate rows and N/2 up rows: their blocks of 64 alternate. The activation rule of
-    ``format`` doesn't matter here. Padding has code, zero and scale 0.
+    ``format`` doesn't matter here; its zeros have the type of ``zeros``. Padding has code, zero and scale 0.
     """
     n, k = codes.shape
     b, g, kp = format.blocks(n, glu), format.groups(k), format.padded_k(k)
@@ -50,11 +50,12 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, format: KernelFormat, glu
 def unpack(packed: Tensor, n: int, k: int, format: KernelFormat, glu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of :func:`pack`: codes [N, K], scales fp32 [N, K/G], zeros [N, K/G]."""
     b, g, kp = format.blocks(n, glu), format.groups(k), format.padded_k(k)
-    sizes = [BLOCK * kp // g * format.bits // 8, BLOCK * format.scale_bytes, BLOCK]
+    sizes = [BLOCK * kp // g * format.bits // 8, BLOCK * format.scale_bytes, BLOCK * format.zero_bytes]
     rows, scales, zeros = (t.contiguous() for t in packed.view(b, g, -1).split(sizes, dim=2))
     quads = _split(rows.view(torch.int32).view(b, g, kp // g // format.chunk, -1, _LANES), format)
     codes = quads.permute(0, 3, 5, 1, 2, 4).contiguous().view(torch.uint8).view(b, BLOCK, kp)
     values = scales.view(torch.float16 if format.scale_bytes == 2 else torch.float32).float()
+    zeros = zeros.view(torch.float32) if format.zero_bytes == 4 else zeros
     parts = (codes, values.transpose(1, 2), zeros.transpose(1, 2))
     full = [_unblocked(t, n, glu) for t in parts]
     return full[0][:, :k].contiguous(), full[1], full[2]

@@ -104,7 +104,7 @@ def _text(format: KernelFormat, blocking: Blocking) -> str:
         f"#define QPASS_TASK_ROWS {blocking.task_rows}\n"
         f"#define QPASS_PREFETCH_BYTES {blocking.prefetch_bytes}\n"
         f'#include "kernel.h"\n'
-        f"QPASS_DEFINE_KERNEL({format.number}, {format.bits}, {format.group or 0}, {rule}, {format.scale_bytes})\n"
+        f"QPASS_DEFINE_KERNEL({format.number}, {format.bits}, {format.group or 0}, {rule}, {format.scale_bytes}, {format.zero_bytes})\n"
     )
 
 

@@ -44,20 +44,22 @@ class Generated:
         except KernelError as error:
             return str(error)
         try:
-            format = kernel_format(weight.bits, weight.group, site.scheme.activation, 4)
+            format = _formats(weight.bits, weight.group, site.scheme.activation, weight.float_zeros)[-1]
         except ValueError as error:
             return str(error)
         return plan.refuse(format, site.k)
 
     def pack(self, weight: QWeight, *, glu: bool) -> tuple[Tensor, ...]:
-        format = kernel_format(weight.format.bits, weight.format.group, "a16", scale_bytes(weight.scales))
+        narrow, wide = _formats(weight.format.bits, weight.format.group, "a16", weight.format.float_zeros)
+        format = narrow if scale_bytes(weight.scales) == narrow.scale_bytes else wide
         return (pack(weight.codes, weight.scales, weight.zeros, format, glu),)
 
     def emit(self, graph: fx.Graph, node: fx.Node, packed: tuple[fx.Node, ...]) -> fx.Node:
         args = bound_arguments(node)
         n, k = _tensor(graph, args["codes"]).shape
         size = _tensor(graph, packed[0]).numel()
-        formats = [kernel_format(args["bits"], args["group"] or None, args["rule"], width) for width in (2, 4)]
+        float_zeros = _tensor(graph, args["zeros"]).is_floating_point()
+        formats = _formats(args["bits"], args["group"] or None, args["rule"], float_zeros)
         format = next(f for f in formats if f.packed_bytes(n, k, args["glu"]) == size)
         load.ensure(format)
         operands = (args["x"], packed[0], args["bias"], args["mul"], args["residual"])
@@ -72,7 +74,7 @@ class Generated:
         """What the performance model says of a call with M tokens; the first on a machine settles how it is walked."""
         weight = site.scheme.weight
         assert weight is not None
-        formats = [kernel_format(weight.bits, weight.group, site.scheme.activation, width) for width in (2, 4)]
+        formats = _formats(weight.bits, weight.group, site.scheme.activation, weight.float_zeros)
         format = next(f for f in formats if f.packed_bytes(site.n, site.k, site.glu) == packed[0].numel())
         if not site.glu and tuning.kept(format, cpu, cpu.tier) is None:
             search(packed[0], site.n, site.k, format, cpu)
@@ -80,11 +82,12 @@ class Generated:
         return 1e3 * plan.plan(plan.Shape(m, site.n, site.k, site.glu), format, rated).seconds
 
 
-def kernel_format(bits: int, group: int | None, rule: str, scale_width: int) -> KernelFormat:
-    """Raises ValueError for a combination that no kernel has."""
+def _formats(bits: int, group: int | None, rule: str, float_zeros: bool) -> tuple[KernelFormat, KernelFormat]:
+    """With float16 and with fp32 scales. Raises ValueError for a combination that no kernel has."""
     if group is None and rule == "a8-token-group":
         rule = "a8-token"  # one group a token is the token
-    return KernelFormat(bits, group, rule, scale_width)
+    zero_bytes = 4 if float_zeros else 1
+    return KernelFormat(bits, group, rule, 2, zero_bytes), KernelFormat(bits, group, rule, 4, zero_bytes)
 
 
 def _tensor(graph: fx.Graph, node: fx.Node) -> Tensor:

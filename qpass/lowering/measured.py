@@ -16,6 +16,7 @@ from qpass.lowering import Lowering
 from qpass.lowering.generated import Generated
 from qpass.lowering.site import Site
 from qpass.lowering.store import WeightRef
+from qpass.qweight import zero_dtype
 
 SMALLEST = 1 << 20
 """Weights with fewer elements are not timed: what could be lost is less than the clock can tell."""
@@ -117,7 +118,7 @@ def _program(site: Site, lowering: Lowering, packed: tuple[Tensor, ...]) -> fx.G
     stand_ins = {
         "codes": torch.empty(site.n, site.k, dtype=torch.uint8, device="meta"),
         "scales": torch.empty(site.n, groups, device="meta"),
-        "zeros": torch.empty(site.n, groups, dtype=torch.uint8, device="meta"),
+        "zeros": torch.empty(site.n, groups, dtype=zero_dtype(weight), device="meta"),
     }
     for name, tensor in (*stand_ins.items(), *((f"packed{i}", t) for i, t in enumerate(packed))):
         root.register_buffer(name, tensor)
@@ -128,7 +129,7 @@ def _program(site: Site, lowering: Lowering, packed: tuple[Tensor, ...]) -> fx.G
     node = graph.call_function(
         torch.ops.qpass.quantized_linear.default,
         (x, *operands, None, weight.bits, weight.group or 0, site.scheme.activation),
-        {"glu": site.glu},
+        {"glu": site.glu} | ({"x_scale": 1.0} if site.scheme.activation == "a8-static" else {}),
     )
     emitted = lowering.emit(graph, node, attributes)
     graph.output(emitted)

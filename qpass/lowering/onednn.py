@@ -22,7 +22,7 @@ class OneDNN:
         format = site.scheme.weight
         if format is None or format.bits != 8 or site.scheme.activation != "a8-token":
             return "serves int8 weights per channel with int8 activations per token only"
-        if not format.symmetric:
+        if not format.symmetric or format.float_zeros:
             return "serves symmetric int8 weights only"
         return None
 

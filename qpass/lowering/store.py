@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -15,6 +17,30 @@ from qpass.lowering.given import Given, given_of
 from qpass.qweight import QWeight
 from qpass.scheme import Format
 
+ROWS = 4096
+"""Scaled rows at a time, as many as are quantized at a time: a head's fp32 copy would not fit beside it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """What smoothing makes of a weight before it is quantized: ``w * columns * rows[:, None]``; fp32 [K] and [N], or None."""
+
+    columns: Tensor | None = None
+    rows: Tensor | None = None
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for equal numbers."""
+        parts = (b"" if t is None else t.contiguous().numpy().tobytes() for t in (self.columns, self.rows))
+        return "|".join(hashlib.sha256(part).hexdigest() for part in parts)
+
+    def apply(self, weight: Tensor, start: int) -> Tensor:
+        """The rows of ``weight`` from ``start`` on, scaled, fp32."""
+        weight = weight.float()
+        if self.columns is not None:
+            weight = weight * self.columns
+        return weight if self.rows is None else weight * self.rows[start : start + weight.shape[0], None]
+
 
 @dataclass(frozen=True)
 class WeightRef:
@@ -22,6 +48,7 @@ class WeightRef:
 
     parameter: Tensor
     transposed: bool = False
+    scaling: Scaling | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,7 +75,7 @@ class _Entry:
 
 @dataclass
 class WeightStore:
-    """Packed weights by the identity of their Parameters, the format, the lowering and the row order.
+    """Packed weights by the identity of their Parameters, their smoothing, the format, the lowering and the row order.
 
     An entry dies with its Parameters; one whose Parameters were written to since is packed anew.
     """
@@ -64,7 +91,7 @@ class WeightStore:
         for ref in refs:
             given = given_of(ref.parameter)
             if given is not None and given.format == format:
-                parts.append(given.read())
+                parts.append(_scaled_codes(given.read(), ref.scaling))
                 continue
             name = self.is_released(ref.parameter)
             if name is not None:
@@ -72,16 +99,33 @@ class WeightStore:
                     f"{name}: its full-precision data was released, and this graph needs it in another form than the "
                     "one that was packed; compile with release_weights=False"
                 )
-            parts.append(self.algorithm(ref.read(), format))
-        if len(parts) == 1:
-            return parts[0]
-        codes, scales, zeros = (torch.cat([getattr(p, f) for p in parts]) for f in ("codes", "scales", "zeros"))
-        return QWeight(codes, scales, zeros, format)
+            parts += self._quantized(ref, format)
+        return _stacked(parts)
+
+    def values(self, ref: WeightRef) -> Tensor:
+        """What the weight is worth, [N, K]: its own values, or those of the codes that were given for it."""
+        given = given_of(ref.parameter)
+        if given is not None:
+            return given.read().dequantize()
+        name = self.is_released(ref.parameter)
+        if name is not None:
+            raise ReleasedWeightError(
+                f"{name}: its full-precision data was released, and smoothing needs it; compile with release_weights=False"
+            )
+        return ref.read()
+
+    def _quantized(self, ref: WeightRef, format: Format) -> list[QWeight]:
+        weight, scaling = ref.read(), ref.scaling
+        if scaling is None:
+            return [self.algorithm(weight, format)]
+        starts = range(0, ref.shape[0], ROWS)
+        return [self.algorithm(scaling.apply(weight[start : start + ROWS], start), format) for start in starts]
 
     def packed(
         self, refs: tuple[WeightRef, ...], format: Format, packer: Packer, *, glu: bool = False
     ) -> tuple[Tensor, ...]:
-        key = (tuple((id(r.parameter), r.transposed) for r in refs), format, packer.name, glu)
+        weights = tuple((id(r.parameter), r.transposed, r.scaling and r.scaling.key) for r in refs)
+        key = (weights, format, packer.name, glu)
         versions = tuple((r.parameter._version, given_of(r.parameter)) for r in refs)
         entry = self.entries.get(key)
         if entry is None or any(ref() is None for ref in entry.alive) or entry.versions != versions:
@@ -96,3 +140,25 @@ class WeightStore:
         """The biases of merged linears one behind the other, fp32 [N]; zeros for a linear without one."""
         parts = [torch.zeros(n) if p is None else p.detach().float() for p, n in zip(parameters, sizes, strict=True)]
         return torch.cat(parts)
+
+
+def _stacked(parts: list[QWeight]) -> QWeight:
+    if len(parts) == 1:
+        return parts[0]
+    codes, scales, zeros = (torch.cat([getattr(p, f) for p in parts]) for f in ("codes", "scales", "zeros"))
+    return QWeight(codes, scales, zeros, parts[0].format)
+
+
+def _scaled_codes(weight: QWeight, scaling: Scaling | None) -> QWeight:
+    """Codes that are there already, their rows scaled: only the scales change.
+
+    Scales that float16 held are rounded to it again, a relative 2^-11, so that they pack as small as before.
+    """
+    if scaling is None or scaling.rows is None:
+        return weight
+    scales = weight.scales * scaling.rows[:, None]
+    half = scales.half().float()
+    fits = torch.equal(weight.scales.half().float(), weight.scales) and bool(
+        (torch.isfinite(half) & (half >= 2.0**-14)).all()
+    )
+    return QWeight(weight.codes, half if fits else scales, weight.zeros, weight.format)

@@ -47,7 +47,9 @@ def _quantized_linear(
     """
     check_activation(activation)
     check_x_scale(rule, x_scale)
-    weight = QWeight(codes, scales, zeros, Format(bits, group or None)).dequantize()
+    weight = QWeight(
+        codes, scales, zeros, Format(bits, group or None, float_zeros=zeros.is_floating_point())
+    ).dequantize()
     dtype, x = x.dtype, apply_norm_of(x, rule, norm, norm_weight, norm_bias, norm_eps)
     rows = x.reshape(-1, x.shape[-1]).float()
     if rule != "a16":

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from qpass.cpu import Cpu
 from qpass.lowering.given import Given, given_of
 from qpass.lowering.store import WeightRef, WeightStore
+from qpass.passes.calibrated import Calibrated
 from qpass.scheme import Scheme
 
 
@@ -48,6 +49,7 @@ class Context:
     )  # raises for a module pattern that matches none of them
     materialize: bool = False  # real codes in the graph, so that it can be run between passes
     lowering: str | None = None  # the only lowering to use, where the user named one
+    calibrated: Calibrated | None = None  # what calibration saw, where the user gave it
     insist: bool = False  # quantize even where the layer as it was is faster
     records: list[SiteRecord] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)  # parameter or module name -> why it was left as it is
@@ -69,6 +71,13 @@ class Context:
         """Whether an embedding of this graph reads the same Parameter."""
         source = weight.args[0] if weight.op == "call_function" else weight
         return any(user.op == "call_function" and user.target is torch.nn.functional.embedding for user in source.users)
+
+    def vector(self, node: fx.Node) -> Tensor:
+        """The Parameter behind a norm's operand, or the constant that a pass made of one."""
+        known = self.parameters.get(node.name)
+        found = getattr(node.graph.owning_module, str(node.target)) if known is None else known
+        assert isinstance(found, Tensor)
+        return found.detach()
 
     def given_of(self, node: fx.Node) -> Given | None:
         """What was given for the weights of a canonical linear; siblings are merged only where it is alike."""

@@ -36,7 +36,7 @@ def _fuse(graph: fx.Graph, node: fx.Node, ctx: Context, writes: Writes) -> bool:
     with graph.inserting_before(site):
         for name, vector, added in (("norm_weight", weight, sum(offset)), ("norm_bias", bias, 0)):
             if vector is not None:
-                tensor = ctx.parameters[vector.name].detach().float() + added
+                tensor = ctx.vector(vector).float() + added
                 keywords[name] = attach(graph, f"qpass_{name}", tensor.contiguous())
     site.args, site.kwargs = (x, *site.args[1:]), keywords
     site.meta["qpass_fused"] = (FUSED_NAMES[str(norm)], *site.meta.get("qpass_fused", ()))

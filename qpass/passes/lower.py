@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qpass.lowering import choose
 from qpass.lowering.dense import emit_dense
@@ -13,6 +13,7 @@ from qpass.lowering.site import Site
 from qpass.ops.norm import apply_norm
 from qpass.passes.attributes import attach, detach_unused
 from qpass.passes.context import Context, SiteRecord
+from qpass.passes.fold_smoothing import COLUMNS, ROWS
 from qpass.passes.norms import NORM
 from qpass.passes.values import tensor_of
 
@@ -45,7 +46,9 @@ def _lower_site(graph: fx.Graph, node: fx.Node, ctx: Context) -> None:
     inputs = {id(ctx.parameters[p.name]): p for p in graph.find_nodes(op="placeholder") if p.name in ctx.parameters}
     stays = timing is not None and timing.loses and not ctx.insist and all(id(r.parameter) in inputs for r in refs)
     if stays:
-        new = emit_dense(graph, node, [(inputs[id(ref.parameter)], ref.transposed) for ref in refs])
+        with graph.inserting_before(node):
+            scaled = [attach(graph, "qpass_scaling", t) if t is not None else None for t in _scalings(node)]
+        new = emit_dense(graph, node, [(inputs[id(ref.parameter)], ref.transposed) for ref in refs], *scaled)
         refusals = (*refusals, f"{lowering.name}: slower than the layer as it is ({timing})")
     else:
         with graph.inserting_before(node):
@@ -67,7 +70,11 @@ def _lower_site(graph: fx.Graph, node: fx.Node, ctx: Context) -> None:
             fused=node.meta.get("qpass_fused", ()),
             bytes_before=before,
             bytes_after=before if stays else sum(tensor.numel() * tensor.element_size() for tensor in packed),
-            notes=refusals if given is None else (f"codes from {given.source}", *refusals),
+            notes=(
+                *(() if given is None else (f"codes from {given.source}",)),
+                *node.meta.get("qpass_notes", ()),
+                *refusals,
+            ),
             same_rows=0 if stays else lowering.same_rows(site, ctx.cpu),
             m=timing.m if timing else 0,
             predicted_ms=timing.predicted_ms if timing else None,
@@ -75,6 +82,11 @@ def _lower_site(graph: fx.Graph, node: fx.Node, ctx: Context) -> None:
             dense_ms=timing.dense_ms if timing else None,
         )
     )
+
+
+def _scalings(node: fx.Node) -> tuple[Tensor | None, Tensor | None]:
+    """What smoothing multiplied the node's weights by: columns [K], rows [N]."""
+    return node.meta.get(COLUMNS), node.meta.get(ROWS)
 
 
 def _leave(graph: fx.Graph, node: fx.Node, ctx: Context) -> None:

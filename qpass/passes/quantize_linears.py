@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, fx
 
+from qpass.lowering.store import Scaling, WeightRef
 from qpass.passes.attributes import attach
 from qpass.passes.context import Context
+from qpass.passes.fold_smoothing import COLUMNS, ROWS, X_SCALE, scheme_of
 from qpass.passes.values import VALUE
+from qpass.qweight import zero_dtype
 from qpass.scheme import Format
 
 
@@ -22,10 +27,10 @@ def quantize_linears(graph: fx.Graph, ctx: Context) -> int:
     count = 0
     for node in linears:
         x, weights, biases = node.args
-        scheme, given = ctx.scheme_for(node), ctx.given_of(node)
+        scheme, given = scheme_of(node, ctx), ctx.given_of(node)
         if scheme.weight is None:
             continue
-        refs = tuple(ctx.weight_ref(weight) for weight in weights)
+        refs = _scaled_refs(node, ctx)
         n, k = sum(ref.shape[0] for ref in refs), refs[0].shape[1]
         tensors = _tensors(ctx, refs, scheme.weight, n, k)
         with graph.inserting_before(node):
@@ -38,21 +43,40 @@ def quantize_linears(graph: fx.Graph, ctx: Context) -> int:
             bias = None
             if any(b is not None for b in biases):
                 parameters = tuple(None if b is None else ctx.parameters[b.name] for b in biases)
-                bias = attach(graph, "qpass_bias", ctx.weights.bias(parameters, tuple(ref.shape[0] for ref in refs)))
+                value = ctx.weights.bias(parameters, tuple(ref.shape[0] for ref in refs))
+                rows = node.meta.get(ROWS)
+                bias = attach(graph, "qpass_bias", value if rows is None else value * rows)
             group = scheme.weight.group or 0
             new = graph.call_function(
                 torch.ops.qpass.quantized_linear.default,
                 (x, *attributes, bias, scheme.weight.bits, group, scheme.activation),
+                {"x_scale": node.meta[X_SCALE]} if scheme.activation == "a8-static" else {},
             )
         new.meta = dict(node.meta) | {
             "qpass_refs": refs,
             "qpass_scheme": scheme,
-            "qpass_fused": ("bias",) if bias is not None else (),
+            "qpass_fused": (*node.meta.get("qpass_fused", ()), *(("bias",) if bias is not None else ())),
         }
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         count += 1
     return count
+
+
+def _scaled_refs(node: fx.Node, ctx: Context) -> tuple[WeightRef, ...]:
+    """The node's weights, each with its part of what fold_smoothing asks for."""
+    refs: list[WeightRef] = []
+    columns, rows = node.meta.get(COLUMNS), node.meta.get(ROWS)
+    start = 0
+    for weight in node.args[1]:  # type: ignore[union-attr]
+        ref = ctx.weight_ref(weight)
+        assert ref is not None
+        end = start + ref.shape[0]
+        if columns is not None or rows is not None:
+            ref = replace(ref, scaling=Scaling(columns, None if rows is None else rows[start:end]))
+        refs.append(ref)
+        start = end
+    return tuple(refs)
 
 
 def _in_order(graph: fx.Graph, x: fx.Node, order: Tensor) -> fx.Node:
@@ -70,5 +94,5 @@ def _tensors(ctx: Context, refs: tuple, format: Format, n: int, k: int) -> tuple
     return (
         torch.empty(n, k, dtype=torch.uint8, device="meta"),
         torch.empty(n, groups, device="meta"),
-        torch.empty(n, groups, dtype=torch.uint8, device="meta"),
+        torch.empty(n, groups, dtype=zero_dtype(format), device="meta"),
     )

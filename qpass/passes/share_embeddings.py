@@ -56,6 +56,8 @@ def _share(graph: fx.Graph, node: fx.Node, heads: dict[int, fx.Node], ctx: Conte
         return False  # rows of the packed table are not the embedding's then
     if argument(node, 3, "max_norm") is not None or argument(node, 6, "sparse", False):
         return False
+    if head.meta["qpass_refs"][0].scaling is not None:
+        return False
     scheme = head.meta["qpass_scheme"]
     if scheme.weight.bits != BITS or tensor_of(node).dtype != parameter.dtype:
         return False

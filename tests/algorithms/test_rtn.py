@@ -60,3 +60,16 @@ def test_not_finite_is_refused(bad: float) -> None:
     weight[1, 3] = bad
     with pytest.raises(ValueError, match="NaN or infinity"):
         rtn(weight, Format(4, 32))
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (2, 16), (8, None)])
+def test_float_zeros_reach_both_ends_of_a_range_without_zero(bits, group):
+    """A range of [2, 3] costs integer zeros most of their codes; d * code + m spends all of them on it."""
+    weight = 2 + torch.rand(5, 96)
+    loose, exact = rtn(weight, Format(bits, group)), rtn(weight, Format(bits, group, float_zeros=True))
+    assert exact.zeros.dtype == torch.float32
+    assert exact.codes.min() == 0
+    assert exact.codes.max() == (1 << bits) - 1
+    errors = [(q.dequantize() - weight).abs().max() for q in (exact, loose)]
+    assert errors[0] < 0.52 * exact.scales.max()  # half a step, and what fp32 rounds away at zeros of several steps
+    assert errors[0] < 0.6 * errors[1]

@@ -85,7 +85,7 @@ def test_the_file_is_as_documented(quantized: Any, artefact: Path) -> None:
     assert config["quant_method"] == "qpass"
     assert config["version"] == 1
     assert config["modules"][GATE] | {"crc32": 0} == {
-        "bits": 4, "group": 32, "symmetric": False, "activation": "a16", "source": "rtn", "crc32": 0
+        "bits": 4, "group": 32, "symmetric": False, "float_zeros": False, "activation": "a16", "source": "rtn", "crc32": 0
     }  # fmt: skip
     with safe_open(artefact / "model.safetensors", "pt") as file:
         assert f"{GATE}.weight" not in file.keys()  # noqa: SIM118

@@ -27,7 +27,7 @@ def all_formats() -> list[KernelFormat]:
 
 def test_a_format_and_its_number_are_one_to_one() -> None:
     formats = all_formats()
-    assert len(formats) == len(set(formats)) == 4 * (5 * 4 - 1) * 2  # per channel has no scale a token and group
+    assert len(formats) == len(set(formats)) == 4 * (5 * 4 - 1) * 2 * 2  # per channel has no scale a token and group
     assert all(KernelFormat.of(format.number) == format for format in formats)
     assert set(FORMATS) <= set(formats)
 
@@ -43,9 +43,10 @@ def test_numbers_never_change() -> None:
     assert KernelFormat(4, 16, "a16", 2).number == 64
     assert KernelFormat(2, 32, "a16", 2).number == 130
     assert KernelFormat(3, 64, "a8-token-group", 2).number == 149
+    assert KernelFormat(4, 32, "a16", 2, 4).number == 258
 
 
-@pytest.mark.parametrize("number", [-1, 16, 66, 256, 1000, 1 << 40])
+@pytest.mark.parametrize("number", [-1, 16, 66, 272, 512, 1000, 1 << 40])
 def test_a_number_without_meaning_is_refused(number: int) -> None:
     with pytest.raises(ValueError, match="is no format"):
         KernelFormat.of(number)

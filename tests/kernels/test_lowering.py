@@ -53,7 +53,18 @@ def test_refuses_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not SERVES, reason="needs AVX2")
 @pytest.mark.parametrize(
-    "scheme", ["w4a16-g128", "w4a8-g32", "w8a16", "w8a8-dynamic", "w4a8", "w3a16-g64", "w3a8-g128-sym", "w2a16-g32"]
+    "scheme",
+    [
+        "w4a16-g128",
+        "w4a8-g32",
+        "w8a16",
+        "w8a8-dynamic",
+        "w4a8",
+        "w3a16-g64",
+        "w3a8-g128-sym",
+        "w2a16-g32",
+        "w4a8-g32-floatzero",
+    ],
 )
 @pytest.mark.parametrize("glu", [False, True])
 def test_emits_the_same_meaning(scheme: str, glu: bool) -> None:

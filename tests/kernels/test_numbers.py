@@ -124,7 +124,8 @@ def test_the_largest_sums_are_exact(format: KernelFormat, tier: str) -> None:
     groups = format.groups(k)
     for code, zero in ((top, 0), (0, top), (top, top)):
         codes = torch.full((33, k), code, dtype=torch.uint8)
-        weight = Weight(codes, torch.ones(33, groups), torch.full((33, groups), zero, dtype=torch.uint8), format)
+        zeros = torch.full((33, groups), zero, dtype=torch.float32 if format.zero_bytes == 4 else torch.uint8)
+        weight = Weight(codes, torch.ones(33, groups), zeros, format)
         signs = torch.where(torch.arange(k) % 2 == 0, 1.0, -1.0)
         x = torch.stack([torch.ones(k), -torch.ones(k), signs, signs.roll(1), signs.cumsum(0) * 2 - 1]) * 127
         reference = quantized(x, format, 1.0)[0].int() @ (codes.int() - zero).t()  # int32

@@ -24,6 +24,7 @@ CASES = [
     (KernelFormat(3, 16, "a8-token-group", 2), "avx512_vnni"),
     (KernelFormat(2, 32, "a8-static", 2), "avx2"),
     (KernelFormat(8, None, "a16", 4), "avx2"),
+    (KernelFormat(4, 32, "a8-token-group", 2, 4), "avx512_vnni"),
 ]
 
 

@@ -64,8 +64,8 @@ def test_variants_take_turns_and_the_warm_up_is_left_out():
     found = {(r.what, r.settings["variant"]): r for r in records}
     assert found["ttft", "a"].value == 2
     assert found["ttft", "b"].value == 5
-    assert found["tpot", "a"].value == 20
-    assert found["tpot", "a"].share_of_limit == 0.5
+    assert found["tpot", "a"].value == 40  # from the first token to the last, over the tokens between
+    assert found["tpot", "a"].share_of_limit == 0.25
     assert found["tpot", "b"].share_of_limit is None
 
 

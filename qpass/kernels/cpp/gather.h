@@ -1,6 +1,7 @@
 // One output's weights out of the packed form: a row of an embedding table that is also the head's matrix.
 #pragma once
 #include <string.h>
+#include <type_traits>
 #include "layout.h"
 
 namespace qpass {
@@ -20,17 +21,11 @@ inline int code_at(const uint8_t* chunk, int vector, int lane, int k) {
   return (pair[row % 2 * kRow] >> step % 4 * 2 & 3) | (pair[2 * kRow] >> third & 1) << 2;
 }
 
-template <class F>
-inline float scale_at(const uint8_t* scales, int output) {
-  if constexpr (F::scale_bytes == 2) {
-    _Float16 half;
-    memcpy(&half, scales + output * 2, 2);
-    return float(half);
-  } else {
-    float value;
-    memcpy(&value, scales + output * 4, 4);
-    return value;
-  }
+template <class Stored>
+inline float value_at(const uint8_t* values, int output) {
+  Stored value;
+  memcpy(&value, values + output * sizeof(Stored), sizeof(Stored));
+  return float(value);
 }
 
 // (code - zero) * scale of all `k` inputs of output `row` (0 <= row < n), as QWeight.dequantize() has them.
@@ -45,12 +40,13 @@ void gather_row(const uint8_t* packed, int64_t n, int64_t k, int32_t glu, int64_
   const int64_t length = F::grouped ? F::group : F::padded_k(k), codes = F::group_codes(k);
   const int lane = int(output % kLanes), vector = int(output / kLanes);
   for (int64_t begin = 0; begin < k; begin += length, record += F::group_bytes(k)) {
-    const float scale = scale_at<F>(record + codes, int(output));
-    const int zero = record[codes + kBlock * F::scale_bytes + output];
+    const float scale = value_at<std::conditional_t<F::scale_bytes == 2, _Float16, float>>(record + codes, int(output));
+    const float zero = value_at<std::conditional_t<F::float_zeros, float, uint8_t>>(
+        record + codes + kBlock * F::scale_bytes, int(output));
     const int64_t end = begin + length < k ? begin + length : k;
     for (int64_t i = begin; i < end; i++) {
       const uint8_t* chunk = record + (i - begin) / F::chunk * F::chunk_bytes;
-      out[i] = float(code_at<F>(chunk, vector, lane, int((i - begin) % F::chunk)) - zero) * scale;
+      out[i] = (float(code_at<F>(chunk, vector, lane, int((i - begin) % F::chunk))) - zero) * scale;
     }
   }
 }

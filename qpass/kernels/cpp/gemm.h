@@ -85,13 +85,16 @@ QPASS_INLINE void column(const Span& span, int64_t begin, int64_t end, const Pre
   };
   // Zero points come first where a cache has them: a product instead of a zero to start at. Else last, as they arrive.
   auto begin_sums = [&](const Segment& s) __attribute__((always_inline)) {
-    if constexpr (F::a16 || !cached) return each([&](int m, int i, float*) { sums[m][i] = Sum<F>{}; });
-    const auto* x_sums = p.sum(s.group) + row;
+    if constexpr (!kIntegerZeros<F> || !cached) {
+      each([&](int m, int i, float*) { sums[m][i] = Sum<F>{}; });
+    } else {
+      const auto* x_sums = p.sum(s.group) + row;
 #pragma GCC unroll 4
-    for (int i = 0; i < Vectors; i++) {
-      const auto zero = fold_zeros<F>(s.zeros, first + i);
+      for (int i = 0; i < Vectors; i++) {
+        const auto zero = fold_zeros<F>(s.zeros, first + i);
 #pragma GCC unroll 6
-      for (int m = 0; m < Rows; m++) sums[m][i] = start<F>(zero, x_sums, m);
+        for (int m = 0; m < Rows; m++) sums[m][i] = start<F>(zero, x_sums, m);
+      }
     }
   };
   auto fold_sums = [&](Segment s) __attribute__((always_inline)) {
@@ -106,7 +109,7 @@ QPASS_INLINE void column(const Span& span, int64_t begin, int64_t end, const Pre
 #pragma GCC unroll 6
       for (int m = 0; m < Rows; m++) {
         float* at = part + m * kBlock + i * kLanes;
-        if constexpr (!F::a16 && !cached) sums[m][i] = add(sums[m][i], start<F>(zero, x_sums, m));
+        if constexpr (kIntegerZeros<F> && !cached) sums[m][i] = add(sums[m][i], start<F>(zero, x_sums, m));
         const F32 total = fold<F>(sums[m][i], held ? totals[m][i] : load_f32(at), scale, zero, x_sums, x_scales, m);
         if constexpr (held) totals[m][i] = total;
         else store_f32(at, total);

@@ -95,7 +95,7 @@ void multiply_block(const uint8_t* block, int64_t k, const Prepared<F>& p, int64
           Sum<F> sum;
           load_sum(sums + m * kBlock + v * kLanes, sum);
           float* y = out + m * kBlock + v * kLanes;
-          if constexpr (!F::a16) sum = add(sum, start<F>(zero_point, x_sums, m));
+          if constexpr (kIntegerZeros<F>) sum = add(sum, start<F>(zero_point, x_sums, m));
           store_f32(y, fold<F>(sum, load_f32(y), scale, zero_point, x_sums, x_scales, m));
         }
       }

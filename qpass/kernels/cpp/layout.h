@@ -1,4 +1,5 @@
-// The packed weight: blocks of 64 outputs; in each, one record a group of inputs: { codes, 64 scales, 64 zeros (u8) }.
+// The packed weight: blocks of 64 outputs; in each, one record a group of inputs: { codes, 64 scales, 64 zeros (u8 or
+// fp32) }.
 // Codes of a group are chunks of min(group, 64) inputs. A chunk is 4 vectors of 16 outputs; a vector is `code_rows`
 // rows of 64 bytes; a row is 16 outputs x 4 consecutive inputs (a k4-step), byte (n % 16) * 4 + k % 4:
 //   8 bits   row r is k4-step r
@@ -21,7 +22,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Group 0 is per channel: one group that spans K padded to whole chunks.
-template <int Bits, int Group, int Rule, int ScaleBytes>
+template <int Bits, int Group, int Rule, int ScaleBytes, int ZeroBytes = 1>
 struct Format {
   static constexpr int bits = Bits;
   static constexpr int group = Group;
@@ -29,6 +30,8 @@ struct Format {
   static constexpr bool grouped = Group != 0;
   static constexpr bool a16 = Rule == QPASS_A16;
   static constexpr int scale_bytes = ScaleBytes;
+  static constexpr int zero_bytes = ZeroBytes;
+  static constexpr bool float_zeros = ZeroBytes == 4;
   static constexpr int chunk = Group == 16 || Group == 32 ? Group : 64;
   static constexpr int row_steps = Bits == 8 ? 1 : Bits == 4 ? 2 : 4;  // k4-steps of a row
   static constexpr int code_rows = chunk / 4 / row_steps;              // rows of third bits not counted
@@ -46,7 +49,7 @@ struct Format {
   static constexpr int64_t groups(int64_t k) { return grouped ? ceil_div(k, Group ? Group : 1) : 1; }
   static constexpr int64_t segments(int64_t k) { return ceil_div(padded_k(k), segment); }
   static constexpr int64_t group_codes(int64_t k) { return (grouped ? Group : padded_k(k)) * kBlock * Bits / 8; }
-  static constexpr int64_t group_bytes(int64_t k) { return group_codes(k) + kBlock * ScaleBytes + kBlock; }
+  static constexpr int64_t group_bytes(int64_t k) { return group_codes(k) + kBlock * (ScaleBytes + ZeroBytes); }
   static constexpr int64_t block_bytes(int64_t k) { return groups(k) * group_bytes(k); }
   // Blocks of a weight. A gated pair alternates gate and up blocks, each half padded by itself.
   static constexpr int64_t blocks(int64_t n, bool glu) {

@@ -64,7 +64,7 @@ struct Span {
 // stall each, and half of the speed of a single row.
 template <class F>
 QPASS_INLINE void prefetch_tail(const Segment& s, int64_t ahead) {
-  for (const uint8_t* line = s.scales; line < s.zeros + kBlock; line += kRow) prefetch(line + ahead);
+  for (const uint8_t* line = s.scales; line < s.zeros + kBlock * F::zero_bytes; line += kRow) prefetch(line + ahead);
 }
 
 }  // namespace qpass

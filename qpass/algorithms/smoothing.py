@@ -1,0 +1,155 @@
+"""SmoothQuant (arXiv 2211.10438): move the outliers of a linear's input into its weight, channel by channel.
+
+``x W^T = (x / s) (W * s)^T`` for any positive ``s [K]``; with ``s = amax(|x|)^alpha / amax(|W|)^(1 - alpha)`` (equation 4)
+the larger alpha is, the flatter the input gets and the rougher the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qpass.algorithms.observe import Observer
+from qpass.algorithms.rtn import rtn
+from qpass.ops.prologue import quantize_activation, quantize_by_scale
+from qpass.scheme import Scheme
+
+GRID = (None, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
+"""The alphas that "auto" tries; None: no smoothing."""
+
+CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+"""Shares of the largest magnitude at which a static scale may cut off."""
+
+ROWS = 512
+"""Outputs of a layer on which errors are measured, evenly spread."""
+
+
+@dataclass(frozen=True)
+class Error:
+    """Squared error over squared output of a layer, a token at a time: the mean, and that of the extreme tokens alone."""
+
+    mean: float
+    extreme: float
+    total: float = 0.0
+
+    @property
+    def worst(self) -> float:
+        return max(self.mean, self.extreme)
+
+
+METRIC = "mean"
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """``divisor`` fp32 [K] or None; ``scale`` of a static quantizer of ``x / divisor``, or None; what they cost the output."""
+
+    alpha: float | None
+    divisor: Tensor | None
+    scale: float | None
+    error: Error
+    clip: float | None = None
+
+
+def divisor(absmax: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
+    """``s`` fp32 [K] of all linears [N_i, K] that read one input, with its magnitudes ``absmax [K]``.
+
+    A channel that was always zero, or that no weight reads, keeps 1; so that ``s`` stays within what fp16 and bf16 hold
+    beside weights and norms, it is scaled to a geometric mean of 1 and cut at 1e-4 and 1e4.
+    """
+    largest = weight_absmax(weights)
+    alive = (absmax > 0) & (largest > 0)
+    tiny = torch.finfo(torch.float32).tiny
+    logs = alpha * absmax.clamp(min=tiny).log() - (1 - alpha) * largest.clamp(min=tiny).log()
+    if bool(alive.any()):
+        logs = logs - logs[alive].mean()
+    s = logs.exp().clamp(1e-4, 1e4)
+    return torch.where(alive, s, torch.ones_like(s))
+
+
+def weight_absmax(weights: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude of each column over all of them, fp32 [K]."""
+    parts = [torch.maximum(w.amax(dim=0), -w.amin(dim=0)).float() for w in weights]
+    return torch.stack(parts).amax(dim=0)
+
+
+def smooth(
+    observer: Observer,
+    weights: Sequence[Tensor],
+    schemes: Sequence[Scheme],
+    alpha: float | str | None,
+    *,
+    given: Tensor | None = None,
+) -> Smoothed:
+    """The divisor (and the static scale, where a scheme is static) of one input and the linears that read it.
+
+    ``alpha`` is a number, None for no smoothing, or "auto": the one of :data:`GRID` with the least error of the
+    layers' output on the rows that the observer kept. Static scales are searched over :data:`CLIPS` either way.
+    ``given`` is a divisor that the weights already expect; alpha must be None then.
+    """
+    rows, counts = observer.weighted_rows()
+    extremes = observer.extremes.shape[0]
+    absmax = observer.absmax
+    if given is not None:
+        rows, absmax = rows / given, absmax / given
+    grid: Sequence[float | None] = GRID if alpha == "auto" else (alpha,)  # type: ignore[assignment]
+    parts = [_spread(w, ROWS // len(weights)) for w in weights]
+    outputs = [rows @ part.t() for part in parts]
+    energy = sum(y.square().sum(dim=1) for y in outputs).clamp_(min=1e-12)  # type: ignore[union-attr]
+    static = any(scheme.activation == "a8-static" for scheme in schemes)
+    best: Smoothed | None = None
+    for candidate in grid:
+        s = None if candidate is None else divisor(absmax, weights, candidate)
+        flat = rows if s is None else rows / s
+        scaled = [part if s is None else part * s for part in parts]
+        codes = [
+            w if scheme.weight is None else rtn(w, scheme.weight).dequantize()
+            for w, scheme in zip(scaled, schemes, strict=True)
+        ]
+        peak = float((absmax if s is None else absmax / s).max())
+        scales = [None]
+        if static:
+            scales = [max(peak * clip, 1e-30) / 127 for clip in CLIPS]  # type: ignore[misc]
+            if s is None and given is None:
+                scales.append(max(observer.clip(), 1e-30) / 127)  # type: ignore[arg-type]
+        for scale in scales:
+            errors = torch.zeros(len(rows))
+            for w, y, scheme in zip(codes, outputs, schemes, strict=True):
+                errors += (fake_quantize(flat, scheme, scale) @ w.t() - y).square().sum(dim=1)
+            relative = errors / energy
+            mean = float((relative * counts).sum() / counts.sum())
+            total = float((errors * counts).sum() / (energy * counts).sum())
+            found = Smoothed(
+                candidate, s, scale, Error(mean, float(relative[-extremes:].mean()), total), (scale or 0) * 127 / peak
+            )
+            if best is None or getattr(found.error, METRIC) < getattr(best.error, METRIC):
+                best = found
+    assert best is not None
+    return best if given is None else replace(best, divisor=given)
+
+
+def fake_quantize(x: Tensor, scheme: Scheme, scale: float | None) -> Tensor:
+    """What a linear of ``scheme`` multiplies in place of ``x [M, K]``, fp32; ``scale`` is a static scheme's."""
+    if scheme.activation == "a16":
+        return x.float()
+    if scheme.activation == "a8-static":
+        assert scale is not None
+        values, _ = quantize_by_scale(x, scale)
+        return values * scale
+    k = x.shape[1]
+    length = k
+    if scheme.activation == "a8-token-group" and scheme.weight is not None and scheme.weight.group:
+        length = scheme.weight.group
+    values, scales = quantize_activation(x, length)
+    return values * scales.repeat_interleave(length, dim=1)[:, :k]
+
+
+def _spread(weight: Tensor, count: int) -> Tensor:
+    """``count`` rows of ``weight [N, K]``, evenly spread, fp32; all of them if there are fewer."""
+    n = weight.shape[0]
+    if n <= count:
+        return weight.float()
+    return weight[torch.linspace(0, n - 1, count).long()].float()

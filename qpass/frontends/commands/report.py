@@ -1,0 +1,4 @@
+from __future__ import annotations
+
+
+def report(records, *, output, title, pictures): ...

@@ -1,0 +1,97 @@
+"""Calibrated: what the passes may ask of a calibration: how to smooth an input, its static scale, and who can't bear one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from qpass.algorithms.observe import Observer
+from qpass.algorithms.smoothing import Smoothed, smooth
+from qpass.errors import OptionError
+from qpass.scheme import Scheme
+
+STATIC_ERROR = 0.01
+"""A static scale is given up where it costs a layer's output more than this share of its energy, and a scale a token less."""
+
+BEARABLE = Scheme.parse("w8a8-dynamic")
+"""What a layer gets that can't bear a static scale, unless its weights have another format."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """For one input: its smoothing, and the schemes of the linears that read it, which may be others than were asked for."""
+
+    smoothed: Smoothed
+    schemes: tuple[Scheme, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Calibrated:
+    """``observer_of`` finds what a linear read; ``alpha_of`` says how to smooth it. Decisions are kept: weights may go."""
+
+    observer_of: Callable[[str], Observer | None]
+    alpha_of: Callable[[str], float | str | None]
+    decided: dict[tuple, Decision] = field(default_factory=dict)
+
+    def decide(
+        self,
+        names: Sequence[str],
+        schemes: Sequence[Scheme],
+        weights: Callable[[], list[Tensor]],
+        *,
+        smoothable: bool = True,
+        divisor: Tensor | None = None,
+    ) -> Decision | None:
+        """For the linears ``names``, which read one input. ``weights`` reads them, [N_i, K] each, unless this was decided.
+
+        ``divisor`` is what codes that are there already want; then the weights are theirs, and nothing else is divided.
+        None where calibration didn't see the linears and no scheme needs it to. Raises OptionError where one does.
+        """
+        key = (tuple(names), tuple(schemes), smoothable, divisor is None)
+        if key not in self.decided:
+            observer = self.observer_of(names[0])
+            if observer is None:
+                for name, scheme in zip(names, schemes, strict=True):
+                    if scheme.needs_statistics:
+                        raise OptionError(f"{name}: calibration saw no such linear, and scheme {scheme} needs it to")
+                return None
+            self.decided[key] = self._decide(names[0], observer, tuple(schemes), weights(), smoothable, divisor)
+        return self.decided[key]
+
+    def _decide(
+        self,
+        name: str,
+        observer: Observer,
+        schemes: tuple[Scheme, ...],
+        weights: list[Tensor],
+        smoothable: bool,
+        divisor: Tensor | None,
+    ) -> Decision:
+        alpha = self.alpha_of(name) if smoothable and divisor is None else None
+        for weight in weights:
+            if weight.shape[1] != observer.k:
+                raise OptionError(
+                    f"the statistics are of another model: {name} has {weight.shape[1]} inputs, they know {observer.k}"
+                )
+        found = smooth(observer, weights, schemes, alpha, given=divisor)
+        static = [scheme for scheme in schemes if scheme.activation == "a8-static"]
+        if not static or found.error.worst <= STATIC_ERROR:
+            return Decision(found, schemes)
+        others = tuple(bearable(scheme) for scheme in schemes)
+        better = smooth(observer, weights, others, alpha, given=divisor)
+        if better.error.worst > found.error.worst / 2:
+            return Decision(found, schemes)
+        note = f"one static scale would cost {found.error.worst:.0%} of its output's energy, a scale a token {better.error.worst:.1%}"
+        return Decision(better, others, (f"{static[0]}: {note}",))
+
+
+def bearable(scheme: Scheme) -> Scheme:
+    """The same with a scale a token, where it is static."""
+    if scheme.activation != "a8-static" or scheme.weight is None:
+        return scheme
+    if scheme.weight == BEARABLE.weight:
+        return BEARABLE
+    return Scheme.of(scheme.weight, "a8-token-group" if scheme.weight.group else "a8-token")
