@@ -175,7 +175,10 @@ BAD_CONFIGS = {
     "a group of zero": ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "group_size: is 0; accepted: -1 or"),
     "a negative group": ({"quant_method": "awq", "bits": 4, "group_size": -7}, "group_size: is -7"),
     "a group of text": ({"quant_method": "awq", "bits": 4, "group_size": "64"}, "group_size: is '64'"),
-    "another layout": ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "is 'marlin'; accepted"),
+    "another layout": (
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+        "checkpoint_format: is 'marlin'; accepted",
+    ),
     "floats": ({"quant_method": "auto-round", "bits": 4, "data_type": "fp8"}, "data_type: is 'fp8'"),
     "no groups": ({"quant_method": "compressed-tensors"}, "config_groups: is not a table"),
     "no weights": (
@@ -202,7 +205,11 @@ ARCHITECTURE = string(b"general.architecture") + struct.pack("<I", 8) + string(b
 
 def gguf(entries: list[bytes], tensors: list[bytes], data: bytes = b"", version: int = 3, **claims: int) -> bytes:
     head = struct.pack(
-        "<4sIQQ", b"GGUF", version, claims.get("tensors", len(tensors)), claims.get("entries", len(entries))
+        "<4sIQQ",
+        b"GGUF",
+        version,
+        claims.get("claimed_tensors", len(tensors)),
+        claims.get("claimed_entries", len(entries)),
     )
     body = head + b"".join(entries) + b"".join(tensors)
     return body + b"\0" * (-len(body) % 32) + data
@@ -216,8 +223,8 @@ BAD_GGUF = {
     "short": (b"GGUF", "has 4 bytes, too few"),
     "letters": (b"PK\x03\x04" + b"\0" * 40, "doesn't begin with the letters GGUF"),
     "version": (gguf([], [], b"\0" * 64, version=99), "is of GGUF version 99; accepted: 2, 3"),
-    "claims of entries": (gguf([], [], b"\0" * 64, entries=1 << 60), "claims 1152921504606846976 entries"),
-    "claims of tensors": (gguf([ARCHITECTURE], [], b"\0" * 64, tensors=1 << 60), "claims 1152921504606846976 tensors"),
+    "claims of entries": (gguf([], [], b"\0" * 64, claimed_entries=1 << 60), "claims 1152921504606846976 entries"),
+    "claims of tensors": (gguf([ARCHITECTURE], [], b"\0" * 64, claimed_tensors=1 << 60), "claims 1152921504606846976 tensors"),
     "a name that never ends": (gguf([struct.pack("<Q", 1 << 62)], [], b"\0" * 64), "ends in the middle of its header"),
     "an array that never ends": (
         gguf([string(b"k") + struct.pack("<IIQ", 9, 4, 1 << 61)], [], b"\0" * 64),

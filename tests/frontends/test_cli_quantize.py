@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import qpass
+from qpass.algorithms.rtn import rtn
 from qpass.frontends import hf
 from qpass.frontends.cli import app
 from qpass.lowering.given import given_of
@@ -43,11 +44,13 @@ def test_gptq_on_a_text(checkpoint: Path, tmp_path: Path) -> None:
     calibration = model.config.quantization_config.calibration
     assert calibration["algorithm"] == "gptq"
     assert len(calibration["fingerprint"]) == 64
-    plain = hf.load(checkpoint).model
-    ids = torch.arange(2, 30)[None]
+    plain = hf.load(checkpoint)
+    rounded = rtn(plain.model.get_parameter(GATE).detach(), given.format)
+    assert not torch.equal(given.read().codes, rounded.codes)
+    ids = plain.tokenizer(text.read_text()[:100], return_tensors="pt").input_ids
     with torch.no_grad():
-        out, expected = model(ids).logits.float(), plain(ids).logits.float()
-    assert float((out - expected).norm() / expected.norm()) < 0.5
+        out, expected = model(ids).logits.float(), plain.model(ids).logits.float()
+    assert float((out - expected).norm() / expected.norm()) < 0.6
 
 
 @pytest.mark.parametrize(
