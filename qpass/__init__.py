@@ -29,17 +29,28 @@ __version__ = "0.1.0"
 _PLACES = {
     "compile": "qpass.frontends.api",
     "explain": "qpass.frontends.explain",
+    "quantize": "qpass.frontends.quantize",
     "load": "qpass.frontends.load",
     "save": "qpass.frontends.huggingface",
     "QPassConfig": "qpass.frontends.huggingface",
-    "quantize": "qpass.frontends.quantize",
     "speculate": "qpass.frontends.speculation",
     "Scheme": "qpass.scheme",
     "Format": "qpass.scheme",
     "SCHEMES": "qpass.scheme",
 }
 
-__all__ = ["SCHEMES", "Format", "QPassConfig", "Scheme", "compile", "explain", "load", "quantize", "save", "speculate"]
+__all__ = [
+    "SCHEMES",
+    "Format",
+    "QPassConfig",
+    "Scheme",
+    "compile",
+    "explain",
+    "load",
+    "quantize",
+    "save",
+    "speculate",
+]
 
 
 def __getattr__(name: str) -> Any:
