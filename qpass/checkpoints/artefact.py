@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,13 +17,13 @@ from qpass.checkpoints.bits import dense_bytes, pack_bits, unpack_bits
 from qpass.checkpoints.files import Checkpoint
 from qpass.checkpoints.stored import StoredLinear
 from qpass.checkpoints.validate import check_finite, check_number, check_tensor, refuse
-from qpass.qweight import QWeight
-from qpass.scheme import BITS, GROUPS, Format
+from qpass.qweight import QWeight, zero_dtype
+from qpass.scheme import BITS, GROUPS, Activation, Format
 
 METHOD = "qpass"
 VERSION = 1
 CODES, SCALES, ZEROS, DIVISOR, ORDER = (f"qpass_{part}" for part in ("codes", "scales", "zeros", "divisor", "order"))
-ACTIVATIONS = (None, "a16", "a8-token", "a8-token-group")
+ACTIVATIONS = (None, *get_args(Activation))
 
 
 def to_tensors(linear: StoredLinear) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -40,6 +40,7 @@ def to_tensors(linear: StoredLinear) -> tuple[dict[str, Tensor], dict[str, Any]]
         "bits": format.bits,
         "group": format.group,
         "symmetric": format.symmetric,
+        "float_zeros": format.float_zeros,
         "activation": linear.activation,
         "source": linear.source,
         "crc32": crc32(tensors),
@@ -106,7 +107,8 @@ class Artefact:
         check_finite(scales, checkpoint.tensor(scales.name))
         zeros = None if format.symmetric else checkpoint.part(module, ZEROS)
         if zeros is not None:
-            check_tensor(zeros, (torch.uint8,), (n, groups))
+            check_tensor(zeros, (zero_dtype(format),), (n, groups))
+            check_finite(zeros, checkpoint.tensor(zeros.name))
         divisor, order = self._input(checkpoint, module, k)
         activation = entry.get("activation")
         if activation not in ACTIVATIONS:
@@ -121,7 +123,7 @@ class Artefact:
             stored = checkpoint.tensor(codes.name)
             scale = checkpoint.tensor(scales.name).float()
             zero = (
-                torch.full((n, groups), 1 << format.bits - 1, dtype=torch.uint8)
+                torch.full((n, groups), 1 << format.bits - 1, dtype=zero_dtype(format))
                 if zeros is None
                 else checkpoint.tensor(zeros.name)
             )
@@ -140,10 +142,10 @@ class Artefact:
         group = entry.get("group")
         if group is not None:
             check_number(self.where, f"{key}.group", group, GROUPS)
-        symmetric = entry.get("symmetric")
-        if not isinstance(symmetric, bool):
-            refuse(self.where, f"{key}.symmetric", f"is {symmetric!r}; accepted: true, false")
-        return Format(bits, group, symmetric)
+        for flag in ("symmetric", "float_zeros"):
+            if not isinstance(entry.get(flag), bool):
+                refuse(self.where, f"{key}.{flag}", f"is {entry.get(flag)!r}; accepted: true, false")
+        return Format(bits, group, entry["symmetric"], entry["float_zeros"])
 
     def _input(self, checkpoint: Checkpoint, module: str, k: int) -> tuple[Tensor | None, Tensor | None]:
         """Divisor and order of a layer's input. Raises CheckpointError for what divides by zero or is no permutation."""

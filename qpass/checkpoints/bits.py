@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_AT_ONCE = 1 << 20
+_AT_ONCE = 1 << 18
 """Codes that are worked on at a time, which bounds what the work needs besides its result."""
 
 

@@ -43,7 +43,6 @@ class CompressedTensors:
     groups: tuple[Group, ...]
 
     parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight")
-    extra = ("input_scale", "input_zero_point", "weight_global_scale", "input_global_scale")
 
     @classmethod
     def of(cls, config: dict[str, Any], where: Path) -> CompressedTensors:

@@ -14,15 +14,17 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Checkpoint:
-    """``infos`` describes every tensor; :meth:`tensor` maps one. Raises CheckpointError for files that are not sound."""
+    """``infos`` describes every tensor, ``metadata`` is each file's own; :meth:`tensor` maps one. Raises CheckpointError for files that are not sound."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
         self.infos: dict[str, TensorInfo] = {}
+        self.metadata: dict[Path, dict[str, str]] = {}
         self._opened: dict[Path, safe_open] = {}
         for file in self.files:
             check_link(file)
-            for name, info in read_header(file)[0].items():
+            infos, self.metadata[file] = read_header(file)
+            for name, info in infos.items():
                 if name in self.infos:
                     refuse(file, name, f"is in {self.infos[name].file.name} too")
                 self.infos[name] = info

@@ -13,6 +13,7 @@ from qpass.checkpoints.compressed_tensors import CompressedTensors
 from qpass.checkpoints.files import Checkpoint
 from qpass.checkpoints.gptq import Gptq
 from qpass.checkpoints.stored import StoredLinear
+from qpass.checkpoints.torchao import TorchAO
 from qpass.checkpoints.validate import refuse
 
 
@@ -36,6 +37,7 @@ READERS: dict[str, Callable[[dict[str, Any], Path], Reader]] = {
     "awq": Awq.of,
     "auto-round": auto_round,
     "compressed-tensors": CompressedTensors.of,
+    "torchao": TorchAO.of,
 }
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from qpass.checkpoints.bits import as_bytes, unpack_bits
 from qpass.checkpoints.files import Checkpoint
 from qpass.checkpoints.stored import StoredLinear, divided, order_of, stored_group
-from qpass.checkpoints.validate import check_finite, check_number, check_range, check_tensor, refuse
-from qpass.qweight import QWeight
+from qpass.checkpoints.validate import check_finite, check_number, check_tensor, refuse
+from qpass.qweight import QWeight, zero_dtype
 from qpass.scheme import BITS, Format
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -74,16 +74,19 @@ class Gptq:
         check_tensor(zeros, (torch.int32,), (groups, n * bits // 32))
         check_finite(scales, checkpoint.tensor(scales.name))
         stored = unpack_bits(as_bytes(checkpoint.tensor(zeros.name)), bits, n)  # [G, N]
-        check_range(zeros, stored, 0, 255 - self.zero_offset)
         symmetric = bool((stored == (1 << bits - 1) - self.zero_offset).all())
         order = self._order(checkpoint, module, k, group, parts, groups)
-        format = Format(bits, group, symmetric)
+        wide = int(stored.max()) + self.zero_offset > 255  # v1 can say 256, which no byte holds
+        format = Format(bits, group, symmetric, wide)
 
         def read() -> QWeight:
             codes = unpack_bits(as_bytes(checkpoint.tensor(words.name).t()), bits, k)
             if order is not None:
                 codes = codes[:, order]
-            zero = unpack_bits(as_bytes(checkpoint.tensor(zeros.name)), bits, n).t() + self.zero_offset
+            zero = (
+                unpack_bits(as_bytes(checkpoint.tensor(zeros.name)), bits, n).t().to(zero_dtype(format))
+                + self.zero_offset
+            )
             scale = checkpoint.tensor(scales.name).t().float()
             ours = format.groups_of(k)
             return QWeight(

@@ -144,13 +144,6 @@ def check_finite(info: TensorInfo, values: Tensor) -> None:
         refuse(info.file, info.name, "holds NaN or infinity")
 
 
-def check_range(info: TensorInfo, values: Tensor, low: int, high: int) -> None:
-    """Raise CheckpointError for an integer outside of ``low`` to ``high``, both allowed."""
-    least, most = int(values.min()), int(values.max())
-    if least < low or most > high:
-        refuse(info.file, info.name, f"holds {least if least < low else most}, outside of {low} to {high}")
-
-
 def check_number(path: Path, key: str, value: object, accepted: Sequence[int]) -> int:
     """An integer of a config. Raises CheckpointError for anything that is not in ``accepted``."""
     if isinstance(value, bool) or not isinstance(value, int) or value not in accepted:

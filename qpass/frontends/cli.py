@@ -461,7 +461,9 @@ def quantize(
         Path, typer.Argument(help="The folder to write; what is there is replaced all at once.", show_default=False)
     ],
     scheme: SchemeOption = "w4a16-g128",
-    algorithm: Annotated[str, typer.Option(help="How the codes are found: rtn (no data), gptq or awq.")] = "rtn",
+    algorithm: Annotated[
+        str, typer.Option(help="How the codes are found: rtn, clip (both without data), gptq, awq or awq+gptq.")
+    ] = "rtn",
     calibration: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(

@@ -16,6 +16,7 @@ from qpass.lowering.given import Given, given_of
 from qpass.lowering.released import ReleasedParameter
 from qpass.lowering.store import WeightRef
 from qpass.passes.attributes import attach, detach_unused
+from qpass.qweight import zero_dtype
 from qpass.scheme import Scheme
 
 _calls: dict[tuple[int, torch.dtype, bool], tuple[Given, Callable[..., Tensor]]] = {}
@@ -56,7 +57,7 @@ def _make(weight: ReleasedParameter, given: Given, dtype: torch.dtype, biased: b
     if given.order is not None:
         x = graph.call_function(torch.index_select, (x, -1, attach(graph, "qpass_order", given.order)))
     groups = (n, format.groups_of(k))
-    stands_in = (((n, k), torch.uint8), (groups, torch.float32), (groups, torch.uint8))
+    stands_in = (((n, k), torch.uint8), (groups, torch.float32), (groups, zero_dtype(format)))
     codes = [attach(graph, "qpass_codes", torch.empty(shape, dtype=kind, device="meta")) for shape, kind in stands_in]
     arguments = (x, *codes, bias, format.bits, format.group or 0, scheme.activation)
     node = graph.call_function(torch.ops.qpass.quantized_linear.default, arguments)

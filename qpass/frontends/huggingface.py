@@ -31,8 +31,8 @@ from qpass.errors import CheckpointError, OptionError, UnsupportedError
 from qpass.frontends.stored_layers import read_layers
 from qpass.lowering.given import Given, give, given_of
 from qpass.lowering.released import ReleasedParameter, forget_pages, return_memory, without_values
-from qpass.qweight import QWeight
-from qpass.scheme import Format, Scheme
+from qpass.qweight import QWeight, zero_dtype
+from qpass.scheme import Scheme
 
 
 class QPassConfig(QuantizationConfigMixin):
@@ -240,14 +240,11 @@ def in_memory(weight: QWeight) -> Any:
     shape, k, format = weight.zeros.shape, weight.k, weight.format
 
     def read() -> QWeight:
-        zero = torch.full(shape, _middle(format), dtype=torch.uint8) if zeros is None else zeros
+        middle = 1 << format.bits - 1
+        zero = torch.full(shape, middle, dtype=zero_dtype(format)) if zeros is None else zeros
         return QWeight(unpack_bits(codes, format.bits, k), scales.float(), zero, format)
 
     return read
-
-
-def _middle(format: Format) -> int:
-    return 1 << format.bits - 1
 
 
 def parameter_of(name: str, linear: StoredLinear, dtype: torch.dtype) -> ReleasedParameter:
@@ -271,23 +268,22 @@ def given_from(linear: StoredLinear) -> Given:
 
 
 def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A model's tensors as the artefact has them, and the table of its quantized layers."""
+    """A model's tensors as the artefact has them, and the table of its quantized layers.
+
+    A table that an embedding reads keeps its values: a tied head is quantized again when it is compiled.
+    """
     state: dict[str, Tensor] = {}
     modules: dict[str, Any] = {}
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         given = given_of(parameter)
-        if given is None or not name.endswith(".weight"):
+        if given is None or id(parameter) in tables or not name.endswith(".weight"):
             state[name] = parameter.detach()
             continue
-        module = name.removesuffix(".weight")
-        n, k = parameter.shape
-        linear = StoredLinear(
-            given.format, (n, k), given.read, given.divisor, given.order, given.activation, given.source
-        )
-        tensors, modules[module] = artefact.to_tensors(linear)
+        module, (n, k) = name.removesuffix(".weight"), parameter.shape
+        stored = (given.divisor, given.order, given.activation, given.source)
+        tensors, modules[module] = artefact.to_tensors(StoredLinear(given.format, (n, k), given.read, *stored))
         state |= {f"{module}.{part}": tensor for part, tensor in tensors.items()}
-        if not isinstance(parameter, ReleasedParameter):
-            state[name] = parameter.detach()
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:

@@ -58,6 +58,7 @@ _HARMLESS = frozenset(
         "_is_view",
         "is_inference",
         "is_shared",
+        "_has_compatible_shallow_copy_type",
     ]
 )
 """What may be asked of a released weight: everything that doesn't look at its values."""
@@ -80,7 +81,7 @@ class ReleasedParameter(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not _only_shapes():
             name = getattr(func, "__name__", "")
             if name in ("__get__", "__set__"):
                 attribute = getattr(func.__self__, "__name__", "")
@@ -101,7 +102,9 @@ class ReleasedParameter(nn.Parameter):
         if name == "to" and given is not None:
             device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **{k: v for k, v in kwargs.items() if k != "copy"})
             if device is None or device.type == "cpu":
-                return self if dtype in (None, self.dtype) else without_values(self.shape, dtype, self.qpass_name)
+                return self._as(dtype or self.dtype)
+        if name in _DTYPES and given is not None:
+            return self._as(_DTYPES[name])
         if name == "data =" and isinstance(args[1], ReleasedParameter) and args[1].shape == self.shape:
             with torch._C.DisableTorchFunctionSubclass():
                 self.data = args[1]
@@ -111,6 +114,9 @@ class ReleasedParameter(nn.Parameter):
             f"{name or 'this'} reads it; linear layers and compiled models don't. Load the model unquantized, or compile with "
             "release_weights=False"
         )
+
+    def _as(self, dtype: torch.dtype) -> ReleasedParameter:
+        return self if dtype == self.dtype else without_values(self.shape, dtype, self.qpass_name)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"ReleasedParameter({self.qpass_name}, shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -127,6 +133,14 @@ class ReleasedParameter(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._served("__reduce_ex__", (), {})
+
+
+_DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def _only_shapes() -> bool:
+    """Whether tensors are faked now: nothing reads a value then."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def _linear_arguments(

@@ -26,5 +26,5 @@ def test_a_row_is_a_little_endian_stream(bits: int, n: int, k: int, seed: int) -
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_rows_are_worked_on_in_parts(bits: int) -> None:
-    codes = torch.randint(0, 1 << bits, (70, 1 << 15), dtype=torch.uint8)
+    codes = torch.randint(0, 1 << bits, (20, 1 << 15), dtype=torch.uint8)
     assert torch.equal(unpack_bits(pack_bits(codes, bits), bits, 1 << 15), codes)
