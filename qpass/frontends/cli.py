@@ -291,8 +291,12 @@ def profile(
 def evaluate(
     model: Model,
     scheme: Annotated[
-        str, typer.Option(help=f"One or several with commas: {_SCHEMES}; bf16 is the model as it is.")
-    ] = "w8a16",
+        str,
+        typer.Option(
+            help=f"One or several with commas: {_SCHEMES}; bf16 is the model as it is. By default w8a16, or the recipe.",
+            show_default=False,
+        ),
+    ] = "",
     tasks: Annotated[
         str, typer.Option(help="Of perplexity, kl (divergence from the full-precision model) and humaneval.")
     ] = "perplexity,kl",
@@ -336,6 +340,9 @@ def evaluate(
     ] = None,
     exclude: Exclude = None,
     lowering: Lowering = None,
+    stats: Stats = None,
+    alpha: Alpha = "auto",
+    recipe: RecipeOption = None,
     debug: Debug = False,
 ) -> None:
     """Quality, scheme by scheme: perplexity and divergence on text, HumanEval in a sandbox. Interrupted, it goes on."""
@@ -345,7 +352,7 @@ def evaluate(
         command.evaluate(
             command.Asked(
                 model,
-                tuple(filter(None, scheme.replace(" ", "").split(","))),
+                tuple(scheme.replace(" ", "").split(",")) if scheme else ("w8a16" if recipe is None else "recipe",),
                 tuple(filter(None, tasks.replace(" ", "").split(","))),
                 output=output,
                 text=text,
@@ -360,6 +367,9 @@ def evaluate(
                 exclude=tuple(exclude or ()),
                 lowering=lowering,
                 reference=reference,
+                stats=stats,
+                alpha=alpha,
+                recipe=recipe,
             )
         )
 

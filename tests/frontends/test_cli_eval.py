@@ -116,6 +116,9 @@ def test_a_long_text_is_read_in_parts_of_all_of_it(checkpoint, tmp_path):
         (("--scheme", ","), "at least one scheme"),
         (("--text", "/no/such/text"), "neither a text file nor a folder"),
         (("--stride", "600"), "stride is 600; accepted: 1 to 511"),
+        (("--stats", "/no/such/file"), "/no/such/file is not a file"),
+        (("--recipe", "/no/such/file", "--scheme", "w8a16"), "a recipe says every layer's scheme"),
+        (("--scheme", "recipe"), "give --recipe FILE"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(checkpoint, arguments, message):

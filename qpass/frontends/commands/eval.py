@@ -29,6 +29,9 @@ TASKS = ("perplexity", "kl", "humaneval")
 FULL = "bf16"
 """The name under which the model as it was loaded stands among the schemes."""
 
+RECIPE = "recipe"
+"""And under which one whose layers' schemes a recipe says."""
+
 SEGMENT = 2048
 """Tokens in a row that a part of a long text is read in; the parts are spread over all of it."""
 
@@ -53,13 +56,16 @@ class Asked:
     exclude: tuple[str, ...] = ()
     lowering: str | None = None
     reference: str | None = None
+    stats: Path | None = None
+    alpha: str = "auto"
+    recipe: Path | None = None
 
     def check(self) -> None:
         """Raises OptionError for what needs no model to be seen."""
         for name in self.tasks:
             if name not in TASKS:
                 raise OptionError(f"unknown task {name!r}; accepted: {', '.join(TASKS)}")
-        if not self.tasks or not self.schemes:
+        if not self.tasks or not all(self.schemes):
             raise OptionError("give at least one scheme and one task")
         if self.output is not None and self.output.is_dir():
             raise OptionError(f"{self.output} is a folder; accepted: a file that JSON lines are added to")
@@ -67,13 +73,24 @@ class Asked:
             raise OptionError(
                 f"stride is {self.stride}; accepted: 1 to {self.length - 1}, one below the window's length"
             )
+        others = set(self.schemes) - {FULL, RECIPE}
+        if (RECIPE in self.schemes) != (self.recipe is not None) or (self.recipe is not None and others):
+            raise OptionError("a recipe says every layer's scheme: give --recipe FILE, and no --scheme but bf16,recipe")
+        for path in (self.stats, self.recipe):
+            _digest(path)
         for scheme in self.schemes:
-            if scheme != FULL:
+            if scheme not in (FULL, RECIPE):
                 session.check(self.model, scheme)
 
     def about(self, scheme: str, **more: Any) -> dict[str, Any]:
         """The settings that a result depends on."""
-        how = {"exclude": list(self.exclude), "lowering": self.lowering}
+        how = {
+            "exclude": list(self.exclude),
+            "lowering": self.lowering,
+            "stats": _digest(self.stats),
+            "alpha": self.alpha if self.stats is not None else None,
+            "recipe": _digest(self.recipe),
+        }
         said = {name: value for name, value in how.items() if value}
         return {"model": Path(self.model).name, "scheme": scheme, **(said if scheme != FULL else {}), **more}
 
@@ -203,13 +220,29 @@ def _text_quality(
             keep(theirs.records(whole))
 
 
-def _compiled(asked: Asked, scheme: str, loaded: Loaded) -> Any:
+def _compiled(asked: Asked, scheme: str, loaded: Loaded, *, release_weights: bool = False) -> Any:
     """Insisting: a site that this machine would leave as it was, because that is faster, is quantized all the same."""
     import qpass
 
     return qpass.compile(
-        loaded.model, scheme=scheme, exclude=asked.exclude, lowering=asked.lowering, insist=True, dynamic=False
+        loaded.model,
+        scheme=None if scheme == RECIPE else "w16a16" if scheme == FULL else scheme,
+        exclude=asked.exclude,
+        lowering=asked.lowering,
+        release_weights=release_weights,
+        insist=True,
+        dynamic=False,
+        **session.calibration(asked.stats, asked.alpha, asked.recipe if scheme == RECIPE else None),
     )
+
+
+def _digest(path: Path | None) -> str | None:
+    """A file's name and what tells its content from another's."""
+    if path is None:
+        return None
+    if not path.is_file():
+        raise OptionError(f"{path} is not a file")
+    return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
 
 
 def _logits(model: Any) -> Callable[[Tensor], Tensor]:
@@ -244,16 +277,9 @@ def _humaneval(
         return
     for each in sandbox.check(humaneval.LIMITS):
         console.print(f"[yellow]the sandbox is not whole: {each}[/yellow]")
-    release = scheme not in (FULL, "w16a16")  # insists, as on the text; nothing reads the full weights any more
-    spec = Speculation(
-        loaded.model,
-        asked.draft,
-        scheme="w16a16" if scheme == FULL else scheme,
-        exclude=asked.exclude,
-        lowering=asked.lowering,
-        release_weights=release,
-        tokenizer=loaded.tokenizer,
-    )
+    release = scheme not in (FULL, "w16a16")  # nothing reads the full weights any more
+    fast = _compiled(asked, scheme, loaded, release_weights=release)
+    spec = Speculation(fast, asked.draft, tokenizer=loaded.tokenizer)
     session.tell_attention(spec.decoder)
     with progress.waiting(f"{scheme}: compiling for {asked.batch} rows"):
         spec.warm_up(asked.batch)
