@@ -97,6 +97,19 @@ def test_humaneval_is_answered_run_and_kept(checkpoint, tmp_path, monkeypatch):
     assert (tmp_path / "out.samples.jsonl").read_text().splitlines() == samples
 
 
+def test_quantized_weights_are_not_compared_with_themselves(checkpoint, tmp_path):
+    from qpass import load, save
+
+    save(load(checkpoint, scheme="w4a16-g32"), tmp_path / "small")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "small" / name).write_bytes((checkpoint / name).read_bytes())
+    text = tmp_path / "text.py"
+    text.write_text(TEXT)
+    out = _qpass(tmp_path / "small", "--text", text)
+    assert out.exit_code == 2, out.output
+    assert "is quantized already: give its full-precision model with --reference" in " ".join(out.stderr.split())
+
+
 def test_a_long_text_is_read_in_parts_of_all_of_it(checkpoint, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a" * 5000 + "b" * 5000)

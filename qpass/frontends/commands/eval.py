@@ -175,6 +175,7 @@ def _text_quality(
     keep: Callable[[Iterable[Record]], None],
 ) -> None:
     """Perplexity and divergence from one walk over the text, model and reference side by side."""
+    from qpass.lowering.given import given_of
     from qpass.measure.divergence import Divergence
     from qpass.measure.perplexity import Perplexity, scored, windows
 
@@ -186,6 +187,10 @@ def _text_quality(
         "stride": asked.stride,
     }
     compares = "kl" in asked.tasks and scheme != FULL
+    if compares and asked.reference is None and any(given_of(p) is not None for p in loaded.model.parameters()):
+        raise OptionError(
+            f"{asked.model} is quantized already: give its full-precision model with --reference, or leave kl out"
+        )
     mine = asked.about(scheme, **place)
     against = {"reference": Path(asked.reference or asked.model).name}
     whole = {**asked.about(FULL, **place), "model": against["reference"]}
