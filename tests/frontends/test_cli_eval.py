@@ -48,6 +48,14 @@ def test_text_quality_through_the_passes_is_kept_and_not_measured_twice(checkpoi
     assert output.read_bytes() == before
 
 
+def test_a_result_of_other_choices_is_another_result():
+    plain = {"model": "m", "scheme": "w8a8-dynamic", "tokens": 5}
+    assert command._matches(plain | {"linear_bytes": 7}, plain)
+    assert not command._matches(plain | {"stats": "s 1"}, plain)
+    assert not command._matches(plain, plain | {"stats": "s 1"})
+    assert not command._matches(plain, plain | {"tokens": 6})
+
+
 class _Eager:
     """qpass.speculate without compilation."""
 

@@ -32,6 +32,9 @@ FULL = "bf16"
 RECIPE = "recipe"
 """And under which one whose layers' schemes a recipe says."""
 
+CHOICES = ("exclude", "lowering", "stats", "alpha", "recipe")
+"""What a result depends on where it was chosen."""
+
 SEGMENT = 2048
 """Tokens in a row that a part of a long text is read in; the parts are spread over all of it."""
 
@@ -84,14 +87,9 @@ class Asked:
 
     def about(self, scheme: str, **more: Any) -> dict[str, Any]:
         """The settings that a result depends on."""
-        how = {
-            "exclude": list(self.exclude),
-            "lowering": self.lowering,
-            "stats": _digest(self.stats),
-            "alpha": self.alpha if self.stats is not None else None,
-            "recipe": _digest(self.recipe),
-        }
-        said = {name: value for name, value in how.items() if value}
+        alpha = self.alpha if self.stats is not None else None
+        values = (list(self.exclude), self.lowering, _digest(self.stats), alpha, _digest(self.recipe))
+        said = {name: value for name, value in zip(CHOICES, values, strict=True) if value}
         return {"model": Path(self.model).name, "scheme": scheme, **(said if scheme != FULL else {}), **more}
 
 
@@ -148,7 +146,9 @@ def _forget() -> None:
 
 
 def _matches(settings: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    return all(settings.get(name) == value for name, value in json.loads(json.dumps(wanted)).items())
+    """Whether a record's settings are those that are wanted; it may say more, but no choice that wasn't made."""
+    same = all(settings.get(name) == value for name, value in json.loads(json.dumps(wanted)).items())
+    return same and not any(name in settings and name not in wanted for name in CHOICES)
 
 
 def _tokens(asked: Asked, loaded: Loaded) -> Tensor:
