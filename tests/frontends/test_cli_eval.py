@@ -6,7 +6,8 @@ from typer.testing import CliRunner
 
 from qpass.frontends import hf, speculation
 from qpass.frontends.cli import app
-from qpass.frontends.commands import eval as command
+from qpass.frontends.commands import eval_tasks
+from qpass.frontends.commands.eval_asked import Asked, matches
 from qpass.measure import humaneval, record
 from qpass.measure.perplexity import perplexity
 from qpass.runtime.decoder import Decoder
@@ -41,7 +42,7 @@ def test_text_quality_through_the_passes_is_kept_and_not_measured_twice(checkpoi
     for word in ("bf16", "w2a16-g32", "KL, nats", f"{two.value:.3f}"):
         assert word in out.stdout
     before = output.read_bytes()
-    monkeypatch.setattr(command, "_compiled", None)  # would fail if anything were measured again
+    monkeypatch.setattr(eval_tasks, "compiled", None)  # would fail if anything were measured again
     again = _qpass(*arguments)
     assert again.exit_code == 0, again.output
     assert again.stdout == out.stdout
@@ -50,10 +51,10 @@ def test_text_quality_through_the_passes_is_kept_and_not_measured_twice(checkpoi
 
 def test_a_result_of_other_choices_is_another_result():
     plain = {"model": "m", "scheme": "w8a8-dynamic", "tokens": 5}
-    assert command._matches(plain | {"linear_bytes": 7}, plain)
-    assert not command._matches(plain | {"stats": "s 1"}, plain)
-    assert not command._matches(plain, plain | {"stats": "s 1"})
-    assert not command._matches(plain, plain | {"tokens": 6})
+    assert matches(plain | {"linear_bytes": 7}, plain)
+    assert not matches(plain | {"stats": "s 1"}, plain)
+    assert not matches(plain, plain | {"stats": "s 1"})
+    assert not matches(plain, plain | {"tokens": 6})
 
 
 class _Eager:
@@ -121,12 +122,12 @@ def test_quantized_weights_are_not_compared_with_themselves(checkpoint, tmp_path
 def test_a_long_text_is_read_in_parts_of_all_of_it(checkpoint, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a" * 5000 + "b" * 5000)
-    asked = command.Asked(str(checkpoint), ("bf16",), ("perplexity",), text=text, tokens=4096)
+    asked = Asked(str(checkpoint), ("bf16",), ("perplexity",), text=text, tokens=4096)
     loaded = hf.load(checkpoint)
-    ids = command._tokens(asked, loaded)
+    ids = eval_tasks.text_tokens(asked, loaded)
     assert len(ids) == 4096
     assert set(loaded.tokenizer.decode(ids)) == {"a", "b"}
-    assert torch.equal(command._tokens(asked, loaded), ids)
+    assert torch.equal(eval_tasks.text_tokens(asked, loaded), ids)
 
 
 @pytest.mark.parametrize(
