@@ -455,6 +455,34 @@ def report(
 
 
 @app.command()
+def quantize(
+    model: Model,
+    out: Annotated[
+        Path, typer.Argument(help="The folder to write; what is there is replaced all at once.", show_default=False)
+    ],
+    scheme: SchemeOption = "w4a16-g128",
+    algorithm: Annotated[
+        str, typer.Option(help="How the codes are found: rtn, clip (both without data), gptq, awq or awq+gptq.")
+    ] = "rtn",
+    calibration: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Text for gptq and awq, a file or a folder; by default Python's own library.", show_default=False
+        ),
+    ] = None,
+    exclude: Exclude = None,
+    debug: Debug = False,
+) -> None:
+    """Write a quantized model as an artefact, which run, transformers and every other machine read."""
+    with _spoken(debug):
+        from qpass.frontends.commands import quantize as command
+
+        command.quantize(
+            model, out, scheme=scheme, algorithm=algorithm, calibration=calibration, exclude=tuple(exclude or ())
+        )
+
+
+@app.command()
 def doctor(debug: Debug = False) -> None:
     """What this machine offers: CPU, instruction sets, caches, bandwidth, compiler, versions, cache folder."""
     with _spoken(debug):

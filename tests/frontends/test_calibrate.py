@@ -180,12 +180,12 @@ def test_a_model_that_torch_stops_compiling_is_an_error_not_an_eager_run():
     run = instrument(model, limit=2)
     run(torch.zeros(1, 4))
 
-    def again():
+    def run_with_ever_new_constants():
         for model.factor in (1, 2.5, 3, 4):
             run(torch.zeros(1, 4))
 
     with pytest.raises(QpassError, match="Body ran without its graphs"):
-        again()
+        run_with_ever_new_constants()
 
 
 def test_nan_names_the_layer():
