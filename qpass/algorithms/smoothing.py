@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qpass.algorithms.observe import Observer
 from qpass.algorithms.rtn import rtn
-from qpass.ops.prologue import quantize_activation, quantize_by_scale
+from qpass.qactivation import quantize_activation, quantize_by_scale
 from qpass.scheme import Scheme
 
 GRID = (None, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
@@ -41,6 +41,7 @@ class Error:
 
 
 METRIC = "mean"
+BASES = ("absmax",)
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,12 @@ def smooth(
     energy = sum(y.square().sum(dim=1) for y in outputs).clamp_(min=1e-12)  # type: ignore[union-attr]
     static = any(scheme.activation == "a8-static" for scheme in schemes)
     best: Smoothed | None = None
-    for candidate in grid:
-        s = None if candidate is None else divisor(absmax, weights, candidate)
+    typical = observer.sample.float().abs().amax(dim=0).clamp_(min=1e-6 * float(absmax.max())).minimum(absmax)
+    bases = [absmax]
+    if alpha == "auto":
+        bases = [{"absmax": absmax, "typical": typical, "geo": (absmax * typical).sqrt()}[b] for b in BASES]
+    for candidate, base in [(c, b) for c in grid for b in (bases if c is not None else bases[:1])]:
+        s = None if candidate is None else divisor(base, weights, candidate)
         flat = rows if s is None else rows / s
         scaled = [part if s is None else part * s for part in parts]
         codes = [

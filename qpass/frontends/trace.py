@@ -81,11 +81,13 @@ def to_settings(stats: Any, tokenizer: Any, input_ids: Any) -> dict[str, Any]:
     }
 
 
-def section_of(settings: Mapping[str, Any]) -> str:
-    """What :func:`to_settings` kept, as the page's charts and text."""
+def section_of(settings: Mapping[str, Any], name: str) -> str:
+    """What :func:`to_settings` kept, as a :func:`section`. Raises KeyError, TypeError or ValueError for anything else."""
     row = [Shown(*piece) for piece in settings["pieces"]]
     rounds = [Round(k, tuple(drafted), tuple(taken), *ms) for k, drafted, taken, *ms in settings["rounds"]]
-    return section([row], rounds, prompts=[settings["text"]], switches=[Switch(*s) for s in settings["switches"]])
+    return section(
+        [row], rounds, prompts=[settings["text"]], switches=[Switch(*s) for s in settings["switches"]], name=name
+    )
 
 
 def page(
@@ -122,21 +124,24 @@ def section(
     *,
     prompts: Sequence[str] = (),
     switches: Sequence[Switch] = (),
+    name: str = "refused",
 ) -> str:
-    """Summary, charts and text; needs :data:`STYLE`."""
+    """Summary, charts and text; needs :data:`COLOURS` and :data:`SECTION`. ``name`` is the switch's, its own on a page."""
     drafts = sorted({piece.by for row in rows for piece in row} - {TARGET}, key=lambda by: (by != "draft", by))
     kinds = {TARGET: "own"} | {by: f"d{i % 4}" for i, by in enumerate(drafts)}
     texts = "\n".join(
         f'<pre class="row">{_prompt(prompts, i)}{"".join(_token(piece, kinds[piece.by]) for piece in row)}</pre>'
         for i, row in enumerate(rows)
     )
-    return f"""<p class="summary">{_safe(summary(rows, rounds))}</p>
+    return f"""<div class="trace">
+<p class="summary">{_safe(summary(rows, rounds))}</p>
 {_charts(rounds, switches)}
-<input type="checkbox" id="refused" checked="checked" /><label for="refused">show what was refused</label>
+<input type="checkbox" class="refused" id="{name}" checked="checked" /><label for="{name}">show what was refused</label>
 {_legend(kinds)}
 <section class="text">
 {texts}
-</section>"""
+</section>
+</div>"""
 
 
 def summary(rows: Sequence[Sequence[Shown]], rounds: Sequence[Round]) -> str:
@@ -232,39 +237,49 @@ def _chart(name: str, values: Sequence[float], hints: Sequence[str], kind: str, 
     )
 
 
-STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #22272e; --pale: #66707c; --line: #d5dae1;
-  --d0: #cfe3fa; --d1: #fbdcb8; --d2: #d9ecd0; --d3: #e6d9f5; --bar: #2f6db5; --bar2: #3a8f5c;
-  --no: #b3261e; }
+COLOURS = """
+:root { color-scheme: light dark; --paper: #ffffff; --ink: #22272e; --pale: #5c6672; --line: #d5dae1;
+  --d0: #cfe3fa; --d1: #fbdcb8; --d2: #d9ecd0; --d3: #e6d9f5; --bar: #2f6db5; --bar2: #3a8f5c; --no: #b3261e; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #16191d; --ink: #e4e7eb; --pale: #98a2ae; --line: #343b44;
     --d0: #1f4470; --d1: #6b4313; --d2: #2c5228; --d3: #4b3470; --bar: #6ea8ea; --bar2: #6cc28d; --no: #ff9b92; } }
+"""
+
+SECTION = """
+.trace .summary { color: var(--pale); margin: 0 0 1rem; }
+.trace .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem 2rem; margin-bottom: 1rem; }
+.trace figure { margin: 0; } .trace figcaption { font-size: .85rem; color: var(--pale); margin-bottom: .3rem; }
+.trace .plot { display: flex; gap: .4rem; height: 6rem; }
+.trace .y, .trace .x { display: flex; justify-content: space-between; font-size: .75rem; color: var(--pale); }
+.trace .y { flex-direction: column; text-align: right; min-width: 1.6rem; line-height: 1; }
+.trace .x { margin-left: 2rem; }
+.trace svg { flex: 1; min-width: 0; height: 100%; border-bottom: 1px solid var(--line); overflow: visible; }
+.trace .k rect { fill: var(--bar); } .trace .t rect { fill: var(--bar2); }
+.trace svg rect.hover { fill: transparent; } .trace g:hover rect.hover { fill: var(--line); }
+.trace svg line { stroke: var(--no); stroke-width: 1.5; vector-effect: non-scaling-stroke; stroke-dasharray: 3 3; }
+.trace svg line.on { stroke: var(--bar2); }
+.trace label { font-size: .85rem; margin-left: .3rem; }
+.trace .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; margin: .5rem 0 1rem; font-size: .85rem; }
+.trace .row { margin: 0 0 1rem; padding: .8rem 1rem; border: 1px solid var(--line); border-radius: 6px; font: 14px/1.75 ui-monospace, Consolas, monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; tab-size: 4; }
+.trace .prompt { color: var(--pale); }
+.trace .own { border-bottom: 1.5px solid var(--pale); }
+.trace .d0, .trace .d1, .trace .d2, .trace .d3 { border-radius: 3px; padding: .1em 0; box-shadow: inset 1px 0 var(--paper); }
+.trace .d0 { background: var(--d0); } .trace .d1 { background: var(--d1); border-bottom: 2px dotted; }
+.trace .d2 { background: var(--d2); border-bottom: 2px dashed; } .trace .d3 { background: var(--d3); border-bottom: 2px double; }
+.trace .row span:hover { outline: 1px solid var(--ink); }
+.trace del { color: var(--no); font-size: .78em; opacity: .85; }
+.trace .refused:not(:checked) ~ .text del { display: none; }
+@media print { .trace .own, .trace .d0, .trace .d1, .trace .d2, .trace .d3 { print-color-adjust: exact; } }
+"""
+
+STYLE = (
+    COLOURS
+    + """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 72rem; margin: 0 auto; padding: 1.2rem; }
 h1 { font-size: 1.25rem; margin: 0 0 .2rem; overflow-wrap: anywhere; }
-.summary { color: var(--pale); margin: 0 0 1rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem 2rem; margin-bottom: 1rem; }
-figure { margin: 0; } figcaption { font-size: .85rem; color: var(--pale); margin-bottom: .3rem; }
-.plot { display: flex; gap: .4rem; height: 6rem; }
-.y, .x { display: flex; justify-content: space-between; font-size: .75rem; color: var(--pale); }
-.y { flex-direction: column; text-align: right; min-width: 1.6rem; line-height: 1; }
-.x { margin-left: 2rem; }
-svg { flex: 1; min-width: 0; height: 100%; border-bottom: 1px solid var(--line); overflow: visible; }
-.k rect { fill: var(--bar); } .t rect { fill: var(--bar2); }
-svg rect.hover { fill: transparent; } g:hover rect.hover { fill: var(--line); }
-svg line { stroke: var(--no); stroke-width: 1.5; vector-effect: non-scaling-stroke; stroke-dasharray: 3 3; }
-svg line.on { stroke: var(--bar2); }
-label { font-size: .85rem; margin-left: .3rem; }
-.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; margin: .5rem 0 1rem; font-size: .85rem; }
-.row { margin: 0 0 1rem; padding: .8rem 1rem; border: 1px solid var(--line); border-radius: 6px; font: 14px/1.75 ui-monospace, Consolas, monospace;
-  white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; tab-size: 4; }
-.prompt { color: var(--pale); }
-.own { border-bottom: 1.5px solid var(--pale); }
-.d0, .d1, .d2, .d3 { border-radius: 3px; padding: .1em 0; box-shadow: inset 1px 0 var(--paper); }
-.d0 { background: var(--d0); } .d1 { background: var(--d1); border-bottom: 2px dotted; }
-.d2 { background: var(--d2); border-bottom: 2px dashed; } .d3 { background: var(--d3); border-bottom: 2px double; }
-.row span:hover { outline: 1px solid var(--ink); }
-del { color: var(--no); font-size: .78em; opacity: .85; }
-#refused:not(:checked) ~ .text del { display: none; }
 """
+    + SECTION
+)

@@ -72,7 +72,7 @@ class Change:
 
 def compare(old: Iterable[Record], new: Iterable[Record]) -> list[Change]:
     """One change for each thing that both sets measured, in the order of ``new``; of several records the last counts."""
-    before, after = _latest(old), _latest(new)
+    before, after = latest(old), latest(new)
     changes = []
     for key, record in after.items():
         if key not in before:
@@ -91,8 +91,8 @@ def compare(old: Iterable[Record], new: Iterable[Record]) -> list[Change]:
 
 def only_in(one: Iterable[Record], other: Iterable[Record]) -> list[str]:
     """What ``one`` measured and ``other`` didn't, as text."""
-    known = _latest(other)
-    return [describe(key[0], dict(key[1])) for key in _latest(one) if key not in known]
+    known = latest(other)
+    return [describe(key[0], dict(key[1])) for key in latest(one) if key not in known]
 
 
 def describe(what: str, settings: Mapping[str, str]) -> str:
@@ -101,7 +101,8 @@ def describe(what: str, settings: Mapping[str, str]) -> str:
     return f"{what} {settings.get('variant', '')}".rstrip() + (f" ({rest})" if rest else "")
 
 
-def _latest(records: Iterable[Record]) -> dict[Key, Record]:
+def latest(records: Iterable[Record]) -> dict[Key, Record]:
+    """The last record of each thing that was measured."""
     found: dict[Key, Record] = {}
     for r in records:
         if r.what in WITHOUT:

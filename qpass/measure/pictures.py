@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qpass.measure.profile import Profile
+from qpass.measure.record import Record
 
 INK, PAPER, GRID = "#22272e", "#ffffff", "#d5dae1"
 COLOURS = ("#2f6db5", "#d1691b", "#3a8f5c", "#a13d63", "#7a6bb0", "#6b7785", "#b59b2f")
@@ -102,4 +103,36 @@ def draw_roofline(
     axes[0].set_ylabel("%", color=INK)
     axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     figure.suptitle(title, x=0.125, y=1.0, ha="left", fontsize=11, color=INK)
+    _save(figure, path)
+
+
+def draw_times(times: Mapping[str, Sequence[tuple[str, Record]]], title: str, path: Path) -> None:
+    """Bars a variant for "tpot" and "ttft": the median, p10 to p90 as a thin line, the machine's limit as a red mark."""
+    names = {"tpot": "milliseconds a token (TPOT)", "ttft": "milliseconds to the first token (TTFT)"}
+    drawn = {what: rows for what, rows in times.items() if rows}
+    pyplot = _pyplot()
+    most = max(map(len, drawn.values()))
+    figure, axes = pyplot.subplots(1, len(drawn), figsize=(11, 0.9 + 0.42 * most), squeeze=False)
+    for axis, (what, rows) in zip(axes[0], drawn.items(), strict=True):
+        for place, (name, record) in enumerate(rows):
+            axis.barh(place, record.value, height=0.6, color=COLOURS[5 if record is rows[0][1] else 0])
+            axis.plot([record.p10, record.p90], [place, place], color=INK, lw=1.2)
+            if record.share_of_limit is not None:
+                limit = record.value * record.share_of_limit
+                axis.plot([limit, limit], [place - 0.38, place + 0.38], color="#b3261e", lw=2)
+            axis.text(
+                max(record.value, record.p90),
+                place,
+                f"  {name}  {record.value:.3g}",
+                va="center",
+                fontsize=8.5,
+                color=INK,
+            )
+        axis.set_xlim(0, 1.75 * max(r.p90 for _, r in rows))
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.set_yticks([])
+        axis.set_title(names.get(what, what), loc="left", fontsize=10, color=INK)
+        for side in ("top", "right", "left"):
+            axis.spines[side].set_visible(False)
+    figure.suptitle(title, x=0.125, y=1.02, ha="left", fontsize=11, color=INK)
     _save(figure, path)

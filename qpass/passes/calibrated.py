@@ -36,6 +36,13 @@ class Calibrated:
     alpha_of: Callable[[str], float | str | None]
     decided: dict[tuple, Decision] = field(default_factory=dict)
 
+    def seen(self, name: str, scheme: Scheme) -> Observer:
+        """What the linear read. Raises OptionError where calibration didn't see it."""
+        observer = self.observer_of(name)
+        if observer is None:
+            raise OptionError(f"{name}: calibration saw no such linear, and scheme {scheme} needs it to")
+        return observer
+
     def decide(
         self,
         names: Sequence[str],
@@ -56,7 +63,7 @@ class Calibrated:
             if observer is None:
                 for name, scheme in zip(names, schemes, strict=True):
                     if scheme.needs_statistics:
-                        raise OptionError(f"{name}: calibration saw no such linear, and scheme {scheme} needs it to")
+                        self.seen(name, scheme)
                 return None
             self.decided[key] = self._decide(names[0], observer, tuple(schemes), weights(), smoothable, divisor)
         return self.decided[key]

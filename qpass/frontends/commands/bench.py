@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ def _records(model: str, asked: Asked) -> Iterator[Any]:
             with progress.waiting(f"{scheme}: load, compile cold and warm, run, each in a process of its own"):
                 yield from measure_costs(model, scheme, prompt=min(asked.prompt_len))
     loaded = load(model)
-    common = {"model": name, "threads": torch.get_num_threads()}
+    common = {"model": name, "threads": torch.get_num_threads(), "run": time.strftime("%Y-%m-%dT%H:%M:%S")}
     drafted = asked.draft_with or [scheme for scheme in asked.schemes if scheme != STOCK]
     runs = contenders(loaded, asked.schemes, asked.batch[0], asked.draft, drafted if asked.draft else ())
     for batch in asked.batch:
@@ -125,8 +126,7 @@ def prompt_ids(loaded: Any, text: Path | None, tokens: int, batch: int) -> Any:
     """int64 [batch, tokens] of running text: the evaluation part of Python's own library, or ``text``."""
     from qpass.measure.corpus import read_text, windows
 
-    words = read_text(text, "evaluation")
-    ids = loaded.tokenizer(words[: 12 * tokens * batch + 4096], return_tensors="pt").input_ids[0]
-    if len(ids) < tokens * batch:
-        raise OptionError(f"{text or 'the text'} has {len(ids)} tokens; {batch} prompts of {tokens} were asked for")
-    return windows(ids, tokens, batch)
+    words = read_text(text, "evaluation")[
+        : 12 * tokens * batch + 4096
+    ]  # more than enough: a token has 3 letters or more
+    return windows(loaded.tokenizer(words, return_tensors="pt").input_ids, tokens, batch)

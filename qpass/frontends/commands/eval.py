@@ -63,6 +63,10 @@ class Asked:
             raise OptionError("give at least one scheme and one task")
         if self.output is not None and self.output.is_dir():
             raise OptionError(f"{self.output} is a folder; accepted: a file that JSON lines are added to")
+        if not 1 <= self.stride < self.length:
+            raise OptionError(
+                f"stride is {self.stride}; accepted: 1 to {self.length - 1}, one below the window's length"
+            )
         for scheme in self.schemes:
             if scheme != FULL:
                 session.check(self.model, scheme)
@@ -184,12 +188,12 @@ def _text_quality(
     with progress.counting(f"{scheme}: text", total) as count:
         walked = walk(_logits(fast or loaded.model), on_batch=lambda done, _: count(done))
         beside = walk(_logits(reference)) if wanted["kl"] else None
-        for logits, targets in walked:
-            ours.add(logits, targets)
+        for found, targets in walked:
+            ours.add(found, targets)
             if beside is not None:
                 full, _ = next(beside)
                 theirs.add(full, targets)
-                apart.add(full, logits)
+                apart.add(full, found)
     about = {**mine, **_bytes(fast)}
     if wanted["perplexity"]:
         keep(ours.records(about))

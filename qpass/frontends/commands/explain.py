@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
 from qpass.frontends.commands import session
 
 
-def explain(model: str, *, scheme: str, exclude: Sequence[str], lowering: str | None, full: bool) -> None:
+def explain(
+    model: str,
+    *,
+    scheme: str,
+    exclude: Sequence[str],
+    lowering: str | None,
+    full: bool,
+    stats: Path | None = None,
+    alpha: str = "auto",
+    recipe: Path | None = None,
+) -> None:
     """The table goes to stdout. Raises QpassError."""
     session.check(model, scheme)
     import torch
@@ -21,7 +32,13 @@ def explain(model: str, *, scheme: str, exclude: Sequence[str], lowering: str | 
     from qpass.runtime.decoder import Decoder
 
     loaded = load(model)
-    compile = session.compiler(scheme, exclude, lowering, release_weights=False)
+    compile = session.compiler(
+        None if recipe is not None else scheme,
+        exclude,
+        lowering,
+        release_weights=False,
+        **session.calibration(stats, alpha, recipe),
+    )
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     whole = compile(loaded.model)  # checks the patterns against the modules
     with progress.waiting(f"compiling the token step, {scheme}"), torch.no_grad():

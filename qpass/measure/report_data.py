@@ -1,0 +1,153 @@
+"""What the report shows, picked from Records: cases with their variants, quality, curves, the machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from qpass.measure.compare import latest
+from qpass.measure.record import Record
+
+BASELINE = "stock"
+LABELS = {BASELINE: "bf16, stock Inductor"}
+ALIASES = {"inductor": BASELINE}  # as older records call it
+QUALITY = ("perplexity", "kl", "top1_agreement", "humaneval", "pass@1")
+PASS = ("humaneval", "pass@1", "humaneval_pass@1", "humaneval_pass_at_1")
+COSTS = ("load", "compile_cold", "compile_warm", "peak_load", "peak_compile", "peak_run", "rss")
+TIMES = ("ttft", "tpot", "throughput")
+
+
+@dataclass
+class Row:
+    """One variant of a case; ``over`` is the baseline's row, itself for the baseline."""
+
+    variant: str
+    records: dict[str, Record] = field(default_factory=dict)
+    over: Row | None = None
+
+    @property
+    def label(self) -> str:
+        return LABELS.get(self.variant, self.variant)
+
+    @property
+    def peer(self) -> bool:
+        """Somebody else's engine."""
+        return any(r.settings.get("peer") for r in self.records.values())
+
+    @property
+    def scheme(self) -> str:
+        """The variant without its draft, whose text is the same: quality is its."""
+        return self.variant.partition(" + ")[0]
+
+    def speed_up(self, what: str) -> float | None:
+        mine, theirs = self.records.get(what), self.over.records.get(what) if self.over else None
+        return theirs.value / mine.value if mine and theirs and mine.value else None
+
+    @property
+    def megabytes(self) -> float | None:
+        """Read by a token's step; None where it isn't known."""
+        speed = self.records.get("tpot")
+        found = speed.settings.get("read_bytes") if speed else None
+        return found / 1e6 if found else None
+
+
+@dataclass(frozen=True)
+class Case:
+    """Variants of one model, prompt and batch on one machine."""
+
+    prompt: int
+    batch: int
+    rows: tuple[Row, ...]
+
+    @property
+    def settings(self) -> dict:
+        return dict(next(iter(self.rows[0].records.values())).settings)
+
+
+@dataclass
+class Model:
+    """Everything about one model on one machine."""
+
+    name: str
+    machine: str
+    cases: list[Case] = field(default_factory=list)
+    quality: dict[str, dict[str, Record]] = field(default_factory=dict)  # by scheme, by what
+    costs: dict[str, dict[str, Record]] = field(default_factory=dict)  # by variant, by what
+    verify: dict[str, list[Record]] = field(default_factory=dict)  # by scheme, by k
+    profiles: list[Record] = field(default_factory=list)
+    traces: list[Record] = field(default_factory=list)
+    absent: list[Record] = field(default_factory=list)
+
+    def passed(self, scheme: str) -> Record | None:
+        mine = self.quality.get(scheme, {})
+        return next((mine[what] for what in PASS if what in mine), None)
+
+
+def machine_of(record: Record) -> str:
+    m = record.machine
+    return f"{m.cpu} ({m.tier}), {m.cores} cores"
+
+
+def models(records: Iterable[Record]) -> list[Model]:
+    """By model and machine, in the order in which they come; of several records of one thing the last counts."""
+    records = list(records)
+    found: dict[tuple[str, str], Model] = {}
+    cases: dict[tuple[str, str, int, int], dict[str, Row]] = {}
+    chosen = [*latest(records).values(), *(r for r in records if r.what in ("trace", "absent"))]
+    for r in chosen:
+        name = r.settings.get("model")
+        if not isinstance(name, str):
+            continue
+        key = name, machine_of(r)
+        model = found.setdefault(key, Model(*key))
+        variant = str(r.settings.get("variant") or r.settings.get("scheme") or "")
+        variant = ALIASES.get(variant, variant)
+        if r.what in TIMES and isinstance(r.settings.get("prompt"), int):
+            case = cases.setdefault((*key, r.settings["prompt"], int(r.settings.get("batch", 1))), {})
+            case.setdefault(variant, Row(variant)).records[r.what] = r
+        elif r.what in QUALITY or r.what in PASS:
+            model.quality.setdefault(variant, {})[r.what] = r
+        elif r.what in COSTS:
+            model.costs.setdefault(variant, {})[r.what] = r
+        elif r.what == "verify":
+            model.verify.setdefault(variant, []).append(r)
+        elif r.what == "profile":
+            model.profiles.append(r)
+        elif r.what == "trace":
+            model.traces = [t for t in model.traces if t.settings.get("variant") != variant] + [r]
+        elif r.what == "absent":
+            model.absent = [a for a in model.absent if a.settings.get("variant") != variant] + [r]
+    for (name, machine, prompt, batch), rows in sorted(cases.items(), key=lambda item: item[0][2:]):
+        found[name, machine].cases.append(Case(prompt, batch, _ordered(list(rows.values()))))
+    for model in found.values():
+        for runs in model.verify.values():
+            runs.sort(key=lambda r: r.settings["k"])
+    return [m for m in found.values() if m.cases or m.quality or m.verify or m.profiles or m.traces or m.costs]
+
+
+def _ordered(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """The baseline first, ours as they were given, peers last."""
+    base = next((row for row in rows if row.variant == BASELINE), None)
+    for row in rows:
+        row.over = base
+    return tuple(sorted(rows, key=lambda row: (row is not base, row.peer)))
+
+
+def linears(records: Iterable[Record]) -> dict[tuple[str, int, int], dict[str, list[Record]]]:
+    """Records of one linear layer, by (machine, N, K), by candidate, in the order of M."""
+    found: dict[tuple[str, int, int], dict[str, list[Record]]] = {}
+    for r in latest(r for r in records if r.what == "linear" and "rates" in r.settings).values():
+        s = r.settings
+        found.setdefault((machine_of(r), s["n"], s["k"]), {}).setdefault(s["name"], []).append(r)
+    for names in found.values():
+        for points in names.values():
+            points.sort(key=lambda r: r.settings["m"])
+    return found
+
+
+def linear_shares(record: Record) -> tuple[float, float]:
+    """Of the read bandwidth, and of the peak of the dot products that the scheme uses (bf16's for anything not a8)."""
+    s, seconds, rates = record.settings, record.value / 1e3, record.settings["rates"]
+    kind = "int8" if "a8-" in s["name"] else "bf16"
+    peak = max(rates[f"{kind}_macs"], rates[f"{kind}_tile_macs"])
+    return s["weight_bytes"] / seconds / rates["read_bytes"], s["m"] * s["n"] * s["k"] / seconds / peak
