@@ -34,6 +34,9 @@ from qpass.lowering.released import ReleasedParameter, forget_pages, return_memo
 from qpass.qweight import QWeight, zero_dtype
 from qpass.scheme import Scheme
 
+TRIM_BYTES = 1 << 23
+"""Weights read between two trims of the heap: it keeps a half of what quantizing needs in passing otherwise."""
+
 
 class QPassConfig(QuantizationConfigMixin):
     """How a model is, or shall be, quantized.
@@ -93,6 +96,8 @@ class QPassQuantizer(HfQuantizer):
         self.layers = quantization_config.layers  # weights whose codes are in the files
         self.checkpoint: Checkpoint | None = None
         self.reader: Reader | None = None
+        self.failure: CheckpointError | None = None
+        self._quantize: _Quantize | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
@@ -136,12 +141,15 @@ class QPassQuantizer(HfQuantizer):
         return param_name in self.chosen
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self)
+        self._quantize = self._quantize or _Quantize(self)
+        return self._quantize
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.failure is not None:
+            raise self.failure
         own = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [entry for entry in own if not _is_ours(entry)] or None  # type: ignore[assignment]
-        self.checkpoint, self.reader, self.layers, self.chosen = None, None, {}, {}
+        self.checkpoint, self.reader, self.layers, self.chosen, self._quantize = None, None, {}, {}, None
         self.quantization_config.layers = {}
         attach(model, self)
         return_memory()
@@ -171,6 +179,8 @@ class QPassQuantizer(HfQuantizer):
 class _Quantize(ConversionOps):
     """One tensor of a shard becomes codes as soon as it is read."""
 
+    untrimmed = 0  # bytes read since the heap was trimmed last
+
     def __init__(self, quantizer: QPassQuantizer) -> None:
         self.quantizer = quantizer
 
@@ -183,12 +193,17 @@ class _Quantize(ConversionOps):
         assert scheme.weight is not None
         try:
             weight = rtn(value, scheme.weight)
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}") from error
+        except ValueError as error:  # what is raised here would end as a line of transformers' report
+            self.quantizer.failure = CheckpointError(f"{kwargs['model'].name_or_path}: {name}: {error}")
+            return {name: without_values(value.shape, value.dtype, name)}
         shape = (weight.n, weight.k)
         linear = StoredLinear(scheme.weight, shape, in_memory(weight), activation=scheme.activation, source="rtn")
         del weight
         forget_pages(value.data_ptr(), value.nbytes)
+        self.untrimmed += value.nbytes
+        if self.untrimmed > TRIM_BYTES:
+            self.untrimmed = 0
+            return_memory()
         return {name: parameter_of(name, linear, value.dtype)}
 
 

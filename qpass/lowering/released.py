@@ -103,6 +103,8 @@ class ReleasedParameter(nn.Parameter):
             device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **{k: v for k, v in kwargs.items() if k != "copy"})
             if device is None or device.type == "cpu":
                 return self._as(dtype or self.dtype)
+        if name in ("detach", "cpu", "contiguous") and given is not None:
+            return self  # a state dict may name it; who writes one out is refused there
         if name in _DTYPES and given is not None:
             return self._as(_DTYPES[name])
         if name == "data =" and isinstance(args[1], ReleasedParameter) and args[1].shape == self.shape:
