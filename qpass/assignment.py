@@ -15,7 +15,7 @@ KEPT_NAMES = (
     *("lm_head", "embed_out"),  # what the decoder families call the layer that gives the logits
     *("gate", "router", "shared_expert_gate"),  # and the one that picks experts: tiny, and a flip changes everything
 )
-"""Modules that keep eight bits in a scheme below eight, unless the user names them."""
+"""Modules that keep eight bits, and 16-bit activations, in a scheme of less, unless the user names them."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,14 @@ class Assignment:
             if chosen is not None:
                 return _scheme(chosen)
         keeps = tied or name.rpartition(".")[2] in KEPT_NAMES
-        if keeps and self.base.weight is not None and self.base.weight.bits < 8:
+        if keeps and self.base.weight is not None and (self.base.weight.bits < 8 or self.base.activation != "a16"):
             return Scheme.parse(HEAD_SCHEME)
         return self.base
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """Those that are known before any module is named."""
+        return (self.base, *(scheme for _, scheme in self.patterns))
 
     def check(self, names: Iterable[str]) -> None:
         """Raise OptionError for a pattern that matches none of the linear layers ``names``."""

@@ -20,7 +20,8 @@ def test_heads_and_routers_keep_eight_bits() -> None:
     assert chosen("model.layers.3.mlp.gate").name == "w8a16"
     assert chosen("model.layers.3.mlp.gate_proj").name == "w4a16-g128"
     assert chosen("decoder", tied=True).name == "w8a16"
-    assert Assignment.make("w8a8-dynamic")("lm_head").name == "w8a8-dynamic"
+    assert Assignment.make("w8a8-dynamic")("lm_head").name == "w8a16"
+    assert Assignment.make("w8a16-asym")("lm_head").name == "w8a16-asym"
     assert Assignment.make("w16a16")("lm_head").name == "w16a16"
 
 

@@ -30,6 +30,9 @@ from qpass.scheme import BITS, GROUPS, SCHEMES, Format, Scheme
         ("w2a8-g16-dynamic", Format(2, 16, False), "a8-token-group"),
         ("w2a8", Format(2, None, False), "a8-token"),
         ("w8a16-g16", Format(8, 16, True), "a16"),
+        ("w8a8-static", Format(8, None, True), "a8-static"),
+        ("w4a8-g128-static", Format(4, 128, False), "a8-static"),
+        ("w8a8-outlier", Format(8, None, True), "a8-token"),
     ],
 )
 def test_parse(name: str, weight: Format | None, activation: str) -> None:
@@ -65,10 +68,22 @@ def test_refused_names_say_what_is_accepted(name: str) -> None:
         Scheme.parse(name)
 
 
-@pytest.mark.parametrize("name", ["w8a8-static", "w4a8-g128-static"])
-def test_a_static_scale_needs_calibration(name: str) -> None:
-    with pytest.raises(SchemeError, match=f"scheme '{name}': .* calibration.*; accepted: "):
+@pytest.mark.parametrize("name", ["w8a8-static", "w4a8-g128-static", "w8a8-outlier"])
+def test_what_needs_calibration_says_so(name: str) -> None:
+    assert Scheme.parse(name).needs_statistics
+    assert not any(Scheme.parse(n).needs_statistics for n in ("w8a8-dynamic", "w4a8-g64", "w8a16"))
+
+
+@pytest.mark.parametrize("name", ["w4a8-outlier", "w8a8-g64-outlier", "w8a16-static", "w8a8-static-dynamic"])
+def test_what_has_no_such_form_is_refused(name: str) -> None:
+    with pytest.raises(SchemeError, match="accepted: "):
         Scheme.parse(name)
+
+
+def test_a_static_scheme_is_named_by_its_format() -> None:
+    for name in ("w8a8-static", "w4a8-g64-static", "w4a8-g64-sym-static"):
+        scheme = Scheme.parse(name)
+        assert Scheme.of(scheme.weight, scheme.activation) == scheme
 
 
 def test_every_bits_group_and_symmetry_has_a_name() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qpass.algorithms.rtn import grouped, storable
-from qpass.qweight import QWeight
+from qpass.qweight import QWeight, zero_dtype
 from qpass.scheme import Format
 
 STEPS = 24
@@ -38,9 +38,9 @@ def nearest(weight: Tensor, scales: Tensor, zeros: Tensor, format: Format) -> QW
     codes = torch.empty(n, k, dtype=torch.uint8)
     for rows in _chunks(n, k):
         w = grouped(weight[rows], groups, group) / scales[rows, :, None]
-        w = w.round_().add_(zeros[rows, :, None]).clamp_(0, format.max_code)
+        w = w.add_(zeros[rows, :, None]).round_().clamp_(0, format.max_code)
         codes[rows] = w.view(-1, groups * group)[:, :k].to(torch.uint8)
-    return QWeight(codes, scales, zeros.to(torch.uint8), format)
+    return QWeight(codes, scales, zeros.to(zero_dtype(format)), format)
 
 
 def fit(weight: Tensor, format: Format, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -67,8 +67,8 @@ def span(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     scales = storable(scales, format)
     if not format.symmetric:  # the zero belongs to the scale that is stored
         for rows in _chunks(n, k):
-            low = grouped(weight[rows], groups, group).amin(dim=2).clamp_(max=0)
-            zeros[rows] = (-low / scales[rows]).round_().clamp_(0, format.max_code)
+            low, _ = _ends(grouped(weight[rows], groups, group), format)
+            zeros[rows] = _zeros(low, scales[rows], format)
     return scales, zeros
 
 
@@ -77,12 +77,15 @@ def _fit_chunk(w: Tensor, format: Format, cost) -> tuple[Tensor, Tensor]:  # typ
     best_scales, best_zeros = whole.clone(), middle.clone()
     best = torch.full_like(whole, float("inf"))
     shrinks = torch.linspace(1.0, _lowest_shrink(format), STEPS).tolist()
-    for shift in (0.0,) if format.symmetric else (0.0, -1.0, 1.0):
-        zeros = (middle + shift).clamp_(0, format.max_code)
+    center = w.amin(dim=2).add_(w.amax(dim=2)).div_(2) if format.float_zeros else None
+    for shift in (0.0,) if format.symmetric or format.float_zeros else (0.0, -1.0, 1.0):
+        zeros = (middle + shift).clamp_(0, format.max_code) if center is None else middle
         for shrink in shrinks:
             scales = whole * shrink
+            if center is not None:  # zeros that may be any number keep the range's middle in its place
+                zeros = format.max_code / 2 - center / scales
             step, zero = scales[:, :, None], zeros[:, :, None]
-            error = (w / step).round_().add_(zero).clamp_(0, format.max_code).sub_(zero).mul_(step).sub_(w)
+            error = (w / step).add_(zero).round_().clamp_(0, format.max_code).sub_(zero).mul_(step).sub_(w)
             spent = cost(error)
             better = spent < best
             best = torch.where(better, spent, best)
@@ -92,18 +95,29 @@ def _fit_chunk(w: Tensor, format: Format, cost) -> tuple[Tensor, Tensor]:  # typ
 
 
 def _whole(w: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """Scales and zeros [rows, K/G] of whole ranges, which hold 0; 1 for a group of zeros."""
+    """Scales and zeros [rows, K/G] of whole ranges; scale 1 for a group of zeros."""
     if format.symmetric:
         middle = 1 << (format.bits - 1)
-        scales = w.abs().amax(dim=2) / (middle - 1)
-        low = torch.empty(0)
-    else:
-        low = w.amin(dim=2).clamp_(max=0)
-        scales = (w.amax(dim=2).clamp_(min=0) - low) / format.max_code
-    scales = torch.where(scales > torch.finfo(torch.float32).tiny, scales, torch.ones_like(scales))
-    if format.symmetric:
+        scales = _positive(w.abs().amax(dim=2) / (middle - 1))
         return scales, torch.full_like(scales, middle)
-    return scales, (-low / scales).round_().clamp_(0, format.max_code)
+    low, high = _ends(w, format)
+    scales = _positive((high - low) / format.max_code)
+    return scales, _zeros(low, scales, format)
+
+
+def _ends(w: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """Each group's least and greatest weight, with 0 between them unless zeros may be any number."""
+    low, high = w.amin(dim=2), w.amax(dim=2)
+    return (low, high) if format.float_zeros else (low.clamp_(max=0), high.clamp_(min=0))
+
+
+def _zeros(low: Tensor, scales: Tensor, format: Format) -> Tensor:
+    zeros = -low / scales
+    return zeros if format.float_zeros else zeros.round_().clamp_(0, format.max_code)
+
+
+def _positive(scales: Tensor) -> Tensor:
+    return torch.where(scales > torch.finfo(torch.float32).tiny, scales, torch.ones_like(scales))
 
 
 def _lowest_shrink(format: Format) -> float:

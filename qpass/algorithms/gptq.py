@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qpass.algorithms.clip import fit, span
 from qpass.algorithms.rtn import HALF_TINY
-from qpass.qweight import QWeight
+from qpass.qweight import QWeight, zero_dtype
 from qpass.scheme import Format
 
 DAMPING = 0.01
@@ -129,11 +129,11 @@ def gptq(
             if ranges.moving and j % ranges.group == 0:
                 ranges.find(j, _as_they_stand(w, missing, u, part, start, j, min(k, j + ranges.group)))
             scale, zero = ranges.of(int(shared.order[j]))
-            code = (column / scale).round_().add_(zero).clamp_(0, format.max_code)
+            code = (column / scale).add_(zero).round_().clamp_(0, format.max_code)
             codes[j] = code.to(torch.uint8)
             missing[j] = w[j] - (code - zero) * scale
     codes = torch.empty_like(codes).index_copy_(0, shared.order, codes)
-    return QWeight(codes.t().contiguous(), ranges.scales, ranges.zeros.to(torch.uint8), format)
+    return QWeight(codes.t().contiguous(), ranges.scales, ranges.zeros.to(zero_dtype(format)), format)
 
 
 class _Ranges:

@@ -56,7 +56,7 @@ class Observer:
         x = x.detach().reshape(-1, self.k)
         if not x.shape[0]:
             return
-        magnitudes = x.float().abs_()
+        magnitudes = x.abs().float()
         peaks = magnitudes.amax(dim=1)
         if not bool(torch.isfinite(peaks).all()):
             raise ValueError("NaN or infinity")

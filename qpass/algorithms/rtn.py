@@ -8,8 +8,8 @@ from torch import Tensor
 from qpass.qweight import QWeight, zero_dtype
 from qpass.scheme import Format
 
-ROWS = 4096
-"""Rows at a time: a head of 150,000 rows would otherwise need several fp32 copies of itself."""
+AT_ONCE = 1 << 18
+"""Weights at a time: a matrix would otherwise need several fp32 copies of itself."""
 
 HALF_TINY = 2.0**-14  # the smallest normal float16
 
@@ -26,7 +26,8 @@ def rtn(weight: Tensor, format: Format) -> QWeight:
     group = k if format.group is None else format.group
     groups = format.groups_of(k)
     middle = 1 << (format.bits - 1)
-    blocks = [slice(start, start + ROWS) for start in range(0, n, ROWS)]
+    rows_at_once = max(1, AT_ONCE // k)
+    blocks = [slice(start, start + rows_at_once) for start in range(0, n, rows_at_once)]
 
     scales, lowest = torch.empty(n, groups), torch.empty(n, groups)
     for rows in blocks:

@@ -35,6 +35,9 @@ def compile(
     lowering: str | None = None,
     release_weights: bool = False,
     insist: bool = False,
+    stats: Any = None,
+    alpha: Any = "auto",
+    recipe: Any = None,
     dynamic: bool | None = None,
     fullgraph: bool = False,
 ) -> Any:
@@ -51,12 +54,24 @@ def compile(
                      ReleasedWeightError from then on
     insist           quantize every chosen layer, even one that is timed at compilation and found slower than as it was
                      (its M tokens decide); implied by ``lowering`` and by ``release_weights``
+    stats            what ``qpass.calibrate`` saw, or a file of it: int8 activations are smoothed by it, and a static
+                     scheme ("w8a8-static") takes its scales from it
+    alpha            how much smoothing moves from activations into weights: "auto" (what costs each layer's output least),
+                     a number from 0 to 1, a table {module pattern: one of these}, or None for no smoothing
+    recipe           what ``qpass.search`` found, or a file of it, in the place of ``scheme``
     dynamic, fullgraph  as for ``torch.compile``
 
     Compilation happens at the first call. Raises OptionError, SchemeError, UnsupportedError.
     """
     options = Options.make(
-        scheme=scheme, exclude=exclude, lowering=lowering, release_weights=release_weights, insist=insist
+        scheme=scheme,
+        exclude=exclude,
+        lowering=lowering,
+        release_weights=release_weights,
+        insist=insist,
+        stats=stats,
+        alpha=alpha,
+        recipe=recipe,
     )
     arguments = {"dynamic": dynamic, "fullgraph": fullgraph}
     if model is None:
@@ -116,6 +131,8 @@ def _check_module(module: nn.Module, options: Options) -> None:
             raise UnsupportedError(
                 f"{name} is on {parameter.device}; qpass compiles for the CPU: move the model with .to('cpu')"
             )
+    if options.stats is not None:
+        options.stats.check_model(module)
     options.assignment.check(name for name, child in module.named_modules() if _is_linear(child))
 
 

@@ -102,6 +102,7 @@ def _compile(
             cpu=detect(),
             weights=STORE,
             lowering=options.lowering,
+            calibrated=options.calibrated,
             insist=options.insist or options.lowering is not None or options.release_weights,
             check_names=check_names,
             progress=show,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from qpass.errors import OptionError, QpassError
 from qpass.frontends import progress
+from qpass.frontends.batches import read_batches
 from qpass.frontends.instrument import Shared, instrument
 from qpass.frontends.statistics import Statistics
 
@@ -21,8 +23,11 @@ _SAVE_EVERY = 8  # batches
 
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Any,
     *,
+    tokenizer: Any = None,
+    samples: int = 64,
+    length: int = 512,
     hessian: bool = False,
     resume: str | Path | None = None,
     settings: str = "",
@@ -30,7 +35,10 @@ def calibrate(
 ) -> Statistics:
     """What the linears of ``model`` read while it runs over ``batches``, seen at the sites that the passes rewrite.
 
-    batches   tensors, tuples or mappings of the model's arguments, on the CPU: a list, a DataLoader, any iterable
+    batches   for a model that reads ``input_ids``: a path of text (None: the standard library's source), of which ``samples``
+              windows of ``length`` tokens are taken; token ids int64 [n, length]; a DataLoader or any iterable of ids,
+              mappings or strings. Text needs a ``tokenizer``. For other models an iterable of what they are called
+              with: tensors, tuples, mappings
     hessian   also keep each channel's sum of squares
     resume    a file that keeps what was seen so far, written every few batches and continued from if it is there (and
               of the same ``settings``, a description of the batches); removed at the end
@@ -40,10 +48,7 @@ def calibrate(
     """
     resume = None if resume is None else Path(resume)
     stats = _begun(resume, settings, model) or Statistics(settings=settings)
-    if isinstance(batches, Tensor | str | bytes) or not isinstance(batches, Iterable):
-        raise OptionError(
-            f"batches is a list or another iterable of batches, not {type(batches).__name__}; wrap a single one in a list"
-        )
+    batches = _readable(model, batches, tokenizer, samples, length)
     done = stats.batches
 
     def enter(shared: Shared, x: Tensor) -> None:
@@ -76,6 +81,18 @@ def calibrate(
     if resume is not None:
         resume.unlink(missing_ok=True)
     return stats
+
+
+def _readable(model: nn.Module, batches: Any, tokenizer: Any, samples: int, length: int) -> Iterable[Any]:
+    if "input_ids" in inspect.signature(model.forward).parameters:
+        if batches is None or isinstance(batches, str | Path | Tensor):
+            return list(read_batches(batches, tokenizer, length=length, count=samples))
+        return read_batches(batches, tokenizer, length=length, count=None)
+    if isinstance(batches, Tensor | str | bytes) or not isinstance(batches, Iterable):
+        raise OptionError(
+            f"batches is a list or another iterable of batches, not {type(batches).__name__}; wrap a single one in a list"
+        )
+    return batches
 
 
 def _begun(path: Path | None, settings: str, model: nn.Module) -> Statistics | None:

@@ -21,7 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_SCHEMES = "w16a16, w8a16, w8a8-dynamic, w4a16-g32, -g64 or -g128, w4a8-g32, -g64 or -g128, w3a16-g64, w2a16-g32"
+_SCHEMES = "w16a16, w8a16, w8a8-dynamic, w8a8-static, w8a8-outlier, w4a16-g32, -g64 or -g128, w4a8-g32, -g64 or -g128, w3a16-g64, w2a16-g32"
 
 Model = Annotated[
     str, typer.Argument(help="A folder with a config.json, a .gguf file, or a hub id.", show_default=False)
@@ -47,6 +47,23 @@ KV = Annotated[
         help="int8 halves the memory of cached keys and values; by default they have the model's dtype.",
         show_default=False,
     ),
+]
+Stats = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        help="What `qpass calibrate` wrote: smooths int8 activations, and scales static ones.", show_default=False
+    ),
+]
+Alpha = Annotated[
+    str, typer.Option(help="How much smoothing moves into the weights: auto, none or a number from 0 to 1.")
+]
+RecipeOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--recipe", help="What `qpass search` wrote, in the place of a scheme.", show_default=False),
+]
+Text = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="A text file or folder; by default the standard library's source.", show_default=False),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, warnings and logs.")]
 
@@ -116,6 +133,9 @@ def run(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Write a page (.html) that shows who proposed each token.", show_default=False),
     ] = None,
+    stats: Stats = None,
+    alpha: Alpha = "auto",
+    recipe: RecipeOption = None,
     debug: Debug = False,
 ) -> None:
     """Generate text: it streams to stdout; times and memory follow on stderr."""
@@ -141,6 +161,9 @@ def run(
             draft_vocabulary=draft_vocabulary,
             k=int(k) if k.isdigit() else k,
             trace=trace,
+            stats=stats,
+            alpha=alpha,
+            recipe=recipe,
         )
 
 
@@ -151,13 +174,76 @@ def explain(
     exclude: Exclude = None,
     lowering: Lowering = None,
     full: Annotated[bool, typer.Option("--full", help="One row for each linear, not one for each kind.")] = False,
+    stats: Stats = None,
+    alpha: Alpha = "auto",
+    recipe: RecipeOption = None,
     debug: Debug = False,
 ) -> None:
     """Compile a model and print what became of each linear: shape, scheme, lowering, bytes, refusals."""
     with _spoken(debug):
         from qpass.frontends.commands import explain as command
 
-        command.explain(model, scheme=scheme, exclude=tuple(exclude or ()), lowering=lowering, full=full)
+        command.explain(
+            model,
+            scheme=scheme,
+            exclude=tuple(exclude or ()),
+            lowering=lowering,
+            full=full,
+            stats=stats,
+            alpha=alpha,
+            recipe=recipe,
+        )
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file of statistics to write.", show_default=False)
+    ],
+    text: Text = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many windows of text.")] = 64,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 512,
+    hessian: Annotated[bool, typer.Option("--hessian", help="Also keep each channel's sum of squares.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Run a model over some text and keep what its linears read; interrupted, it goes on where it was."""
+    with _spoken(debug):
+        from qpass.frontends.commands import calibrate as command
+
+        command.calibrate(model, output=output, text=text, samples=samples, length=length, hessian=hessian)
+
+
+@app.command()
+def search(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write (.json).", show_default=False)],
+    budget: Annotated[
+        str, typer.Option(help="ppl<=1% (the fastest within it) or bytes<=30% (the best within it).")
+    ] = "ppl<=1%",
+    text: Text = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many windows of text.")] = 8,
+    length: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    stats: Stats = None,
+    alpha: Alpha = "auto",
+    debug: Debug = False,
+) -> None:
+    """Find each layer's scheme within a budget; what was measured is kept, so an interrupted search goes on."""
+    with _spoken(debug):
+        from qpass.frontends.commands import search as command
+
+        command.search(
+            model,
+            output=output,
+            budget=budget,
+            text=text,
+            samples=samples,
+            length=length,
+            seed=seed,
+            stats=stats,
+            alpha=alpha,
+        )
 
 
 @app.command()
@@ -210,8 +296,12 @@ def profile(
 def evaluate(
     model: Model,
     scheme: Annotated[
-        str, typer.Option(help=f"One or several with commas: {_SCHEMES}; bf16 is the model as it is.")
-    ] = "w8a16",
+        str,
+        typer.Option(
+            help=f"One or several with commas: {_SCHEMES}; bf16 is the model as it is. By default w8a16, or the recipe.",
+            show_default=False,
+        ),
+    ] = "",
     tasks: Annotated[
         str, typer.Option(help="Of perplexity, kl (divergence from the full-precision model) and humaneval.")
     ] = "perplexity,kl",
@@ -255,6 +345,9 @@ def evaluate(
     ] = None,
     exclude: Exclude = None,
     lowering: Lowering = None,
+    stats: Stats = None,
+    alpha: Alpha = "auto",
+    recipe: RecipeOption = None,
     debug: Debug = False,
 ) -> None:
     """Quality, scheme by scheme: perplexity and divergence on text, HumanEval in a sandbox. Interrupted, it goes on."""
@@ -264,7 +357,7 @@ def evaluate(
         command.evaluate(
             command.Asked(
                 model,
-                tuple(filter(None, scheme.replace(" ", "").split(","))),
+                tuple(scheme.replace(" ", "").split(",")) if scheme else ("w8a16" if recipe is None else "recipe",),
                 tuple(filter(None, tasks.replace(" ", "").split(","))),
                 output=output,
                 text=text,
@@ -279,6 +372,9 @@ def evaluate(
                 exclude=tuple(exclude or ()),
                 lowering=lowering,
                 reference=reference,
+                stats=stats,
+                alpha=alpha,
+                recipe=recipe,
             )
         )
 
@@ -371,6 +467,34 @@ def report(
         from qpass.frontends.commands import report as command
 
         command.report(records, output=output, title=title, pictures=pictures)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[
+        Path, typer.Argument(help="The folder to write; what is there is replaced all at once.", show_default=False)
+    ],
+    scheme: SchemeOption = "w4a16-g128",
+    algorithm: Annotated[
+        str, typer.Option(help="How the codes are found: rtn, clip (both without data), gptq, awq or awq+gptq.")
+    ] = "rtn",
+    calibration: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Text for gptq and awq, a file or a folder; by default Python's own library.", show_default=False
+        ),
+    ] = None,
+    exclude: Exclude = None,
+    debug: Debug = False,
+) -> None:
+    """Write a quantized model as an artefact, which run, transformers and every other machine read."""
+    with _spoken(debug):
+        from qpass.frontends.commands import quantize as command
+
+        command.quantize(
+            model, out, scheme=scheme, algorithm=algorithm, calibration=calibration, exclude=tuple(exclude or ())
+        )
 
 
 @app.command()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpass.errors import CheckpointError, OptionError
+from qpass.errors import CheckpointError, OptionError, QpassError
 from qpass.frontends import progress
 
 if TYPE_CHECKING:
@@ -35,29 +35,34 @@ class Loaded:
 
     @property
     def weight_bytes(self) -> int:
-        """What the parameters occupy, a tied one once."""
+        """What the parameters occupy in full precision, a tied one once."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
 
 def load(source: str | Path, *, dtype: torch.dtype | None = None) -> Loaded:
-    """Load model and tokenizer; bf16 unless ``dtype`` says otherwise.
+    """Load model and tokenizer; bf16 unless ``dtype`` says otherwise. Quantized weights keep their codes (see ``qpass.load``).
 
     Raises OptionError for something that is not there, CheckpointError for something that can't be read; both name
     what is accepted. An unknown hub id or an unreachable hub is told within seconds.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from qpass.frontends.load import load_model
 
     name, extra = locate(str(source))
-    model_extra: dict[str, Any] = dict(extra)
-    if "gguf_file" in extra:
-        from transformers import GgufConfig
+    with progress.waiting(f"loading {Path(str(source)).name}"), quiet_bars(), readable(str(source)):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **extra)
+        model = load_model(name, extra, dtype=dtype)
+    return Loaded(model.requires_grad_(False), tokenizer, str(source))
 
-        model_extra["quantization_config"] = GgufConfig(dequantize=True)
-    with progress.waiting(f"loading {Path(str(source)).name}"), _quiet_bars(), _readable(str(source)):
-        tokenizer = AutoTokenizer.from_pretrained(name, **extra)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.bfloat16, **model_extra)
-    return Loaded(model.eval().requires_grad_(False), tokenizer, str(source))
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer alone. Raises as :func:`load` does."""
+    from transformers import AutoTokenizer
+
+    name, extra = locate(str(source))
+    with readable(str(source)):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **extra)
 
 
 def locate(source: str) -> tuple[str, dict[str, Any]]:
@@ -113,11 +118,11 @@ def _from_hub(name: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _readable(source: str) -> Iterator[None]:
+def readable(source: str) -> Iterator[None]:
     """Whatever goes wrong inside the libraries becomes one sentence with the model's name."""
     try:
         yield
-    except (OptionError, CheckpointError):
+    except QpassError:
         raise
     except Exception as error:  # a foreign file can make its reader fail in any way
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -127,7 +132,7 @@ def _readable(source: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_bars() -> Iterator[None]:
+def quiet_bars() -> Iterator[None]:
     """transformers' own bars over weight tensors stay away: one spinner a wait is enough."""
     from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging

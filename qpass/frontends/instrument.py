@@ -52,14 +52,21 @@ def plain_linear(reader: Reader, x: Tensor, weight: Tensor, bias: Tensor | None)
 
 
 def instrument(
-    model: nn.Module, *, enter: Enter = lambda shared, x: None, linear: Linear = plain_linear
+    model: nn.Module, *, enter: Enter = lambda shared, x: None, linear: Linear = plain_linear, limit: int = 64
 ) -> Callable[[Any], Any]:
     """A function that runs ``model`` on a batch (a tensor, a tuple of arguments, a mapping of them), graphs uncompiled.
 
     ``enter`` sees each input that linears read, once a call; ``linear`` computes each. The model is not touched. Raises
+    ``limit`` is how often torch may compile it anew, for other shapes of batches; what goes beyond is a QpassError. Raises
     UnsupportedError for a batch or a weight that is not on the CPU, and for a model in training mode.
     """
     _check(model)
+    found, entered = 0, 0  # linears in the graphs, and inputs that went through them
+
+    def counted(shared: Shared, x: Tensor) -> None:
+        nonlocal entered
+        entered += 1
+        enter(shared, x)
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         placeholders = gm.graph.find_nodes(op="placeholder")
@@ -76,25 +83,34 @@ def instrument(
         )
 
         def insert_calls(graph: fx.Graph, ctx: Context) -> int:
-            return _insert_calls(graph, ctx, enter, linear)
+            return _insert_calls(graph, ctx, counted, linear)
 
-        rewritten, _ = run(gm, ctx, (canonicalize, insert_calls))
+        nonlocal found
+        rewritten, counts = run(gm, ctx, (canonicalize, insert_calls))
+        found += counts["insert_calls"]
         return rewritten.forward
 
     # A cache of its own: the model's other compiled forms stay, and don't count towards this one's limit.
-    compiled = torch.compile(model, backend=backend, isolate_recompiles=True)  # type: ignore[call-overload]
+    compiled = torch.compile(model, backend=backend, isolate_recompiles=True, recompile_limit=limit)  # type: ignore[call-overload]
     extra = _without_cache(model)
 
     def call(batch: Any) -> Any:
         args, kwargs = _arguments(batch)
+        before = entered
         try:
             with torch.no_grad():
-                return compiled(*args, **(extra | kwargs))
+                result = compiled(*args, **(extra | kwargs))
         except Exception as error:
             own = getattr(error, "inner_exception", error)  # Dynamo wraps what a backend raises
             if isinstance(own, QpassError):
                 raise own from error
             raise
+        if found and entered == before:  # Dynamo's answer to too many recompiles is an eager run, without a word
+            raise QpassError(
+                f"{type(model).__name__} ran without its graphs: torch gave up compiling it, as it does after too many recompiles "
+                "(TORCH_LOGS=recompiles says why)"
+            )
+        return result
 
     return call
 
@@ -103,22 +119,21 @@ def _insert_calls(graph: fx.Graph, ctx: Context, enter: Enter, linear: Linear) -
     nodes = list(graph.find_nodes(op="call_function", target=LINEAR))
     families: dict[fx.Node, list[tuple[fx.Node, Reader]]] = {}
     for node in nodes:
-        x, (weight,), _ = node.args
+        x, weight = node.args[0], node.args[1][0]  # type: ignore[index]
         ref = ctx.weight_ref(weight)
         assert ref is not None
         families.setdefault(x, []).append((node, Reader(node.meta["qpass_names"][0], ref, ctx.is_tied(weight))))
     writes = Writes(graph)
-    for x, family in families.items():
-        if writes.touch(x):  # each reads it at another time
-            groups = [[member] for member in family]
-        else:
-            groups = [family]
+    for family in families.values():
+        x = family[0][0].args[0]  # not the key, which may have been a linear that is replaced by now
+        # Where x is written to, each reads it at another time.
+        groups = [[member] for member in family] if writes.touch(x) else [family]
         for group in groups:
             shared = Shared(tuple(reader for _, reader in group))
             with graph.inserting_before(group[0][0]):
                 graph.call_function(_entering(enter, shared), (x,))
             for node, reader in group:
-                _, (weight,), (bias,) = node.args
+                weight, bias = node.args[1][0], node.args[2][0]  # type: ignore[index]
                 with graph.inserting_before(node):
                     new = graph.call_function(_computing(linear, reader), (x, weight, bias))
                 new.meta = dict(node.meta)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from qpass.algorithms.observe import BINS, EXTREMES, SAMPLE, Observer
 from qpass.errors import CheckpointError, OptionError
+from qpass.passes.calibrated import Calibrated
 
 FORMAT = "qpass statistics 1"
 
@@ -23,7 +25,7 @@ _NUMBERS = ("rows", "minimum", "maximum", "limit", "seed")
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)}
 
 
-@dataclass
+@dataclass(eq=False)
 class Statistics:
     """``linears``: each linear's shape (N, K) by its name. ``inputs``: by the names of the linears that read one input."""
 
@@ -31,6 +33,34 @@ class Statistics:
     inputs: dict[tuple[str, ...], Observer] = field(default_factory=dict)
     batches: int = 0  # seen so far
     settings: str = ""  # what they were, so that a run is resumed on the same ones only
+    _calibrated: dict[str, Calibrated] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def read(cls, given: Statistics | str | Path) -> Statistics:
+        """Statistics as they are, or from a file, which is read once while it stays the same. Raises OptionError, CheckpointError."""
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, str | Path):
+            raise OptionError(
+                f"stats takes what qpass.calibrate returned, or a file that it saved, not {type(given).__name__}"
+            )
+        path = Path(given).expanduser().resolve()
+        written = path.stat().st_mtime_ns if path.is_file() else 0
+        known = _read.get(path)
+        if known is None or known[0] != written:
+            _read[path] = known = (written, cls.load(path))
+        return known[1]
+
+    def calibrated(self, alpha: Any) -> Calibrated:
+        """What the passes may ask; the same object for the same alpha, so that all graphs of a model decide alike."""
+        table = _alphas(alpha)
+        key = repr(table)
+        if key not in self._calibrated:
+            observers = self._by_name()
+            self._calibrated[key] = Calibrated(
+                observers.get, lambda name: next((a for pattern, a in table if fnmatchcase(name, pattern)), "auto")
+            )
+        return self._calibrated[key]
 
     @property
     def fingerprint(self) -> str:
@@ -151,6 +181,29 @@ class Statistics:
         if metadata["fingerprint"] != result.fingerprint:
             raise ValueError("its fingerprint is not that of its linears")
         return result
+
+
+_read: dict[Path, tuple[int, Statistics]] = {}  # by path: when it was written, and what it said
+
+
+def _alphas(alpha: Any) -> list[tuple[str, float | str | None]]:
+    """Patterns of module names and their alphas, the first that matches counts."""
+    if not isinstance(alpha, Mapping):
+        return [("*", _alpha(alpha))]
+    if not all(isinstance(pattern, str) for pattern in alpha):
+        raise OptionError("a table of alphas is keyed by module name patterns such as 'model.layers.0.*'")
+    rest = [("*", _alpha(alpha["*"]))] if "*" in alpha else []
+    return [*((pattern, _alpha(value)) for pattern, value in alpha.items() if pattern != "*"), *rest]
+
+
+def _alpha(value: Any) -> float | str | None:
+    if value is None or value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise OptionError(
+            f"alpha takes a number from 0 to 1, 'auto', None, or a table of these by module pattern, not {value!r}"
+        )
+    return float(value)
 
 
 def _observer(entry: dict[str, Any], tensors: dict[str, Tensor], prefix: str) -> Observer:

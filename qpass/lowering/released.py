@@ -1,9 +1,11 @@
-"""Weights whose full-precision data is gone: compiled graphs never read them, and whoever else does gets a clear error."""
+"""Weights without full-precision data: compiled graphs never read them, a linear layer outside of any graph runs on their
+codes where they were given some, and whoever else reads them gets a clear error."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qpass.errors import ReleasedWeightError
+from qpass.lowering.given import give, given_of
 
 _HARMLESS = frozenset(
     [
@@ -38,6 +41,7 @@ _HARMLESS = frozenset(
         "size",
         "dim",
         "numel",
+        "nelement",
         "stride",
         "element_size",
         "storage_offset",
@@ -49,40 +53,115 @@ _HARMLESS = frozenset(
         "_backward_hooks",
         "__hash__",
         "requires_grad_",
+        "requires_grad =",
+        "grad =",
         "_is_view",
+        "is_inference",
+        "is_shared",
+        "_has_compatible_shallow_copy_type",
     ]
 )
 """What may be asked of a released weight: everything that doesn't look at its values."""
 
 
+Eager = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""What runs ``F.linear(x, weight, bias)`` over a weight's codes, outside of any graph."""
+
+
 class ReleasedParameter(nn.Parameter):
-    """A Parameter with a shape and no values. Any read raises :class:`ReleasedWeightError`, which names it."""
+    """A Parameter with a shape and no values. A read raises :class:`ReleasedWeightError`, which names it.
+
+    With given codes and ``qpass_eager`` it serves ``F.linear``, a copy of itself, and a move to another dtype, which is
+    that of the layer's results.
+    """
 
     qpass_name: str
+    qpass_eager: Eager | None = None
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if not torch.compiler.is_compiling():
+        kwargs = kwargs or {}
+        if not torch.compiler.is_compiling() and not _only_shapes():
             name = getattr(func, "__name__", "")
-            if name == "__get__":
-                name = getattr(func.__self__, "__name__", "")
+            if name in ("__get__", "__set__"):
+                attribute = getattr(func.__self__, "__name__", "")
+                name = f"{attribute} =" if name == "__set__" else attribute
             if name not in _HARMLESS:
                 released = next((a for a in _flat(args, kwargs) if isinstance(a, ReleasedParameter)), None)
                 if released is not None:
-                    raise ReleasedWeightError(
-                        f"{released.qpass_name}: its full-precision data was released after packing (release_weights=True); only "
-                        "the compiled model can use it. Load the model again, or compile with release_weights=False"
-                    )
-        return super().__torch_function__(func, types, args, kwargs or {})
+                    return released._served(name, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _served(self, name: str, args: tuple, kwargs: dict) -> Any:
+        """The few operations that need no values. Raises ReleasedWeightError for all others."""
+        given = given_of(self)
+        if name == "linear" and self.qpass_eager is not None:
+            x, weight, bias = _linear_arguments(*args, **kwargs)
+            if weight is self:
+                return self.qpass_eager(x, weight, bias)
+        if name == "to" and given is not None:
+            device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **{k: v for k, v in kwargs.items() if k != "copy"})
+            if device is None or device.type == "cpu":
+                return self._as(dtype or self.dtype)
+        if name in ("detach", "cpu", "contiguous") and given is not None:
+            return self  # a state dict may name it; who writes one out is refused there
+        if name in _DTYPES and given is not None:
+            return self._as(_DTYPES[name])
+        if name == "data =" and isinstance(args[1], ReleasedParameter) and args[1].shape == self.shape:
+            with torch._C.DisableTorchFunctionSubclass():
+                self.data = args[1]
+            return None
+        raise ReleasedWeightError(
+            f"{self.qpass_name}: its full-precision data is not there (it was released after packing, or loaded as codes), and "
+            f"{name or 'this'} reads it; linear layers and compiled models don't. Load the model unquantized, or compile with "
+            "release_weights=False"
+        )
+
+    def _as(self, dtype: torch.dtype) -> ReleasedParameter:
+        return self if dtype == self.dtype else without_values(self.shape, dtype, self.qpass_name)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"ReleasedParameter({self.qpass_name}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def __deepcopy__(self, memo: dict) -> Any:
-        return self.__torch_function__(torch.Tensor.__deepcopy__, (type(self),), (self,))
+        given = given_of(self)
+        if given is None:
+            return self._served("__deepcopy__", (), {})
+        twin = without_values(self.shape, self.dtype, self.qpass_name)
+        twin.qpass_eager = self.qpass_eager
+        give(twin, given)
+        memo[id(self)] = twin
+        return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.__torch_function__(torch.Tensor.__reduce_ex__, (type(self),), (self,))
+        return self._served("__reduce_ex__", (), {})
+
+
+_DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def _only_shapes() -> bool:
+    """Whether tensors are faked now: nothing reads a value then."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def _linear_arguments(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
+
+
+def without_values(shape: Sequence[int], dtype: torch.dtype, name: str) -> ReleasedParameter:
+    """A new Parameter that has a shape and no values; it takes address space and no memory."""
+    parameter = ReleasedParameter(_hollow(shape, dtype), requires_grad=False)
+    parameter.qpass_name = name
+    return parameter
+
+
+def _hollow(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor over an anonymous mapping that nobody touches."""
+    size = max(1, torch.Size(shape).numel() * dtype.itemsize)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype, count=torch.Size(shape).numel()).view(shape)
 
 
 def release(parameter: Tensor, name: str) -> int:
@@ -97,15 +176,15 @@ def release(parameter: Tensor, name: str) -> int:
     if size == 0:
         return 0
     address = parameter.data_ptr()
-    empty = torch.frombuffer(mmap.mmap(-1, size), dtype=parameter.dtype)
+    empty = _hollow((parameter.numel(),), parameter.dtype)
     parameter.data = torch.as_strided(empty, parameter.shape, parameter.stride())
     parameter.__class__ = ReleasedParameter
     parameter.qpass_name = name  # type: ignore[attr-defined]
-    _forget_pages(address, size)
+    forget_pages(address, size)
     return size
 
 
-def _forget_pages(address: int, size: int) -> None:
+def forget_pages(address: int, size: int) -> None:
     """Drop the resident pages of a range that lies in a mapped file; do nothing for any other memory.
 
     Weights are often views of one mapped checkpoint, which stays mapped as long as one of them (an embedding) lives.

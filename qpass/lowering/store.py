@@ -125,12 +125,25 @@ class WeightStore:
         self, refs: tuple[WeightRef, ...], format: Format, packer: Packer, *, glu: bool = False
     ) -> tuple[Tensor, ...]:
         weights = tuple((id(r.parameter), r.transposed, r.scaling and r.scaling.key) for r in refs)
-        key = (weights, format, packer.name, glu)
+
+        def pack() -> tuple[Tensor, ...]:
+            self.packed_count += 1
+            return packer.pack(self.qweight(refs, format), glu=glu)
+
+        return self._kept((weights, format, packer.name, glu), refs, pack)
+
+    def columns(self, refs: tuple[WeightRef, ...], index: Tensor) -> Tensor:
+        """Some columns of the refs' weights, one under the other, in their own dtype: [N, len(index)]."""
+        key = (tuple((id(r.parameter), r.transposed) for r in refs), "columns", tuple(index.tolist()))
+        return self._kept(key, refs, lambda: (torch.cat([self.values(ref)[:, index] for ref in refs]),))[0]
+
+    def _kept(
+        self, key: tuple, refs: tuple[WeightRef, ...], make: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
         versions = tuple((r.parameter._version, given_of(r.parameter)) for r in refs)
         entry = self.entries.get(key)
         if entry is None or any(ref() is None for ref in entry.alive) or entry.versions != versions:
-            tensors = packer.pack(self.qweight(refs, format), glu=glu)
-            self.packed_count += 1
+            tensors = make()
             alive = tuple(weakref.ref(r.parameter, lambda _, key=key: self.entries.pop(key, None)) for r in refs)
             entry = _Entry(alive, versions, tensors)
             self.entries[key] = entry

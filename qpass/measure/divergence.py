@@ -15,6 +15,7 @@ from torch import Tensor
 from qpass.errors import OptionError
 from qpass.measure.perplexity import NORMAL_P90, ROWS, Model, estimate, ratio, scored
 from qpass.measure.record import Record, quantile
+from qpass.runtime.search import largest
 
 
 @dataclass
@@ -24,19 +25,18 @@ class Divergence:
     kl: list[list[float]] = field(default_factory=list)  # a window each
     same: list[int] = field(default_factory=list)
 
-    def add(self, reference: Tensor, logits: Tensor) -> None:
-        """One window's logits of both, [n, V] each. Raises OptionError for different vocabularies."""
-        if reference.shape != logits.shape:
+    def add(self, reference: Tensor, model: Tensor) -> None:
+        """One window's log-probabilities of both, [n, V] each. Raises OptionError for different vocabularies."""
+        if reference.shape != model.shape:
             raise OptionError(
-                f"the reference gives logits {tuple(reference.shape)} and the model {tuple(logits.shape)}; "
+                f"the reference's vocabulary has {reference.shape[1]} tokens and the model's {model.shape[1]}; "
                 "accepted: models of one vocabulary"
             )
         found: list[float] = []
         same = 0
-        for ours, theirs in zip(reference.split(ROWS), logits.split(ROWS), strict=True):
-            log_p, log_q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
+        for log_p, log_q in zip(reference.split(ROWS), model.split(ROWS), strict=True):
             found += (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0).tolist()
-            same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            same += int((largest(log_p) == largest(log_q)).sum())
         self.kl.append(found)
         self.same.append(same)
 

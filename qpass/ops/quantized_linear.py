@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from qpass.ops.epilogue import apply_epilogue, check_activation, fake_output
 from qpass.ops.linear import LIBRARY
-from qpass.ops.prologue import apply_norm_of, check_x_scale, quantize_activation, quantize_by_scale
+from qpass.ops.prologue import apply_norm_of, check_x_scale
+from qpass.qactivation import quantize_activation, quantize_by_scale
 from qpass.qweight import QWeight
 from qpass.scheme import Format
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from qpass.algorithms.outliers import outlier_columns
 from qpass.errors import SchemeError
 from qpass.lowering.given import Given
 from qpass.passes.attributes import attach
@@ -27,16 +29,24 @@ ROWS = "qpass_rows"
 X_SCALE = "qpass_x_scale"
 """And the static scale of its int8 input."""
 
+OUTLIERS = "qpass_outliers"
+"""And how many inputs are multiplied apart, in 16 bits."""
+
 _SCHEME, _NOTES = "qpass_scheme", "qpass_notes"
 
 
 @dataclass(frozen=True)
 class _Family:
-    """Linears that read ``x``, and what each one's weight wants to be multiplied with in its place: ``x / divisor``."""
+    """Linears that read one ``x``, and want ``x * inverse`` in its place: one over the divisor, 0 for an outlier."""
 
-    x: fx.Node
     linears: list[fx.Node]
-    divisor: Tensor | None
+    inverse: Tensor | None
+
+    @property
+    def x(self) -> fx.Node:
+        found = self.linears[0].args[0]
+        assert isinstance(found, fx.Node)
+        return found
 
 
 def scheme_of(node: fx.Node, ctx: Context) -> Scheme:
@@ -55,13 +65,14 @@ def fold_smoothing(graph: fx.Graph, ctx: Context) -> int:
     writes = Writes(graph)
     count = 0
     for family in list(_families(graph, ctx, writes)):
-        if family.divisor is None:
+        if family.inverse is None:
             continue
-        inverse = family.divisor.reciprocal()
+        inverse = family.inverse
         if not (_into_norm(graph, family, inverse, ctx) or _into_linear(family, inverse, ctx, writes)):
             _divide(graph, family, inverse)
         for node in family.linears:
-            node.meta["qpass_fused"] = ("smoothed", *node.meta.get("qpass_fused", ()))
+            what = "outliers" if OUTLIERS in node.meta else "smoothed"
+            node.meta["qpass_fused"] = (what, *node.meta.get("qpass_fused", ()))
         count += 1
     return count
 
@@ -74,13 +85,14 @@ def _families(graph: fx.Graph, ctx: Context, writes: Writes) -> Iterator[_Family
         given = ctx.given_of(node)
         alone = node if writes.touch(node.args[0]) else None  # then each reads it at another time
         by_input.setdefault((node.args[0], alone, None if given is None else given.input_key), []).append(node)
-    for (x, _, wants), linears in by_input.items():
+    for (_, _, wants), linears in by_input.items():
         given = None if wants is None else ctx.given_of(linears[0])
         if ctx.calibrated is not None:
-            yield _Family(x, linears, _decide(linears, given, ctx))
+            yield _Family(linears, _decide(linears, given, ctx))
         else:
             _check_static(linears, ctx)
-            yield _Family(x, linears, None if given is None else given.divisor)
+            wanted = None if given is None else given.divisor
+            yield _Family(linears, None if wanted is None else wanted.reciprocal())
 
 
 def _check_static(linears: list[fx.Node], ctx: Context) -> None:
@@ -93,13 +105,16 @@ def _check_static(linears: list[fx.Node], ctx: Context) -> None:
 
 
 def _decide(linears: list[fx.Node], given: Given | None, ctx: Context) -> Tensor | None:
-    """The divisor of the linears' one input, and in their meta what else calibration says."""
+    """What the linears' one input is multiplied by, and in their meta what else calibration says."""
     assert ctx.calibrated is not None
     schemes = [ctx.scheme_for(node) for node in linears]
     names = [name for node in linears for name in node.meta["qpass_names"]]
     spread = [scheme for node, scheme in zip(linears, schemes, strict=True) for _ in node.meta["qpass_names"]]
+    own = None if given is None or given.divisor is None else given.divisor.reciprocal()
     if all(scheme.activation == "a16" for scheme in schemes):
-        return None if given is None else given.divisor
+        return own
+    if any(scheme.outliers for scheme in schemes):
+        return _keep_apart(linears, schemes, ctx)
     decision = ctx.calibrated.decide(
         names,
         spread,
@@ -109,16 +124,46 @@ def _decide(linears: list[fx.Node], given: Given | None, ctx: Context) -> Tensor
         smoothable=not any(ctx.is_tied(weight) for node in linears for weight in node.args[1]),  # type: ignore[union-attr]
     )
     if decision is None:
-        return None if given is None else given.divisor
-    decided = iter(decision.schemes)
+        return own
+    at = 0
     for node in linears:
-        node.meta[_SCHEME] = [next(decided) for _ in node.meta["qpass_names"]][0]
+        node.meta[_SCHEME] = decision.schemes[at]
+        at += len(node.meta["qpass_names"])
         node.meta[_NOTES] = decision.notes
         if decision.smoothed.scale is not None:
             node.meta[X_SCALE] = decision.smoothed.scale
         if given is None and decision.smoothed.divisor is not None:
             node.meta[COLUMNS] = decision.smoothed.divisor
-    return decision.smoothed.divisor
+    return own if decision.smoothed.divisor is None else decision.smoothed.divisor.reciprocal()
+
+
+def _keep_apart(linears: list[fx.Node], schemes: list[Scheme], ctx: Context) -> Tensor | None:
+    """Zero the outliers of the linears' one input in what int8 sees, and add their product with their columns to each.
+
+    The columns are gathered once; the addition is a residual that fuse_epilogues takes where no activation follows.
+    """
+    assert ctx.calibrated is not None
+    name, graph, x = linears[0].meta["qpass_names"][0], linears[0].graph, linears[0].args[0]
+    absmax = ctx.calibrated.seen(name, next(scheme for scheme in schemes if scheme.outliers)).absmax
+    outliers = outlier_columns(absmax)
+    if outliers is None:
+        return None
+    mask = torch.ones_like(absmax).index_fill_(0, outliers, 0.0)
+    with graph.inserting_before(min(linears)):
+        few = graph.call_function(torch.index_select, (x, -1, attach(graph, "qpass_outliers", outliers)))
+    few.meta = {VALUE: tensor_of(x)[..., : len(outliers)].clone()}  # type: ignore[index]
+    for node in linears:
+        refs = tuple(ref for weight in node.args[1] if (ref := ctx.weight_ref(weight)) is not None)  # type: ignore[union-attr]
+        with graph.inserting_after(node):
+            whole = graph.call_function(operator.add, (node, node))
+        with graph.inserting_before(whole):
+            columns = attach(graph, "qpass_outlier_columns", ctx.weights.columns(refs, outliers))
+            part = graph.call_function(torch._C._nn.linear, (few, columns))
+        part.meta = whole.meta = {VALUE: node.meta[VALUE]}
+        node.replace_all_uses_with(whole)
+        whole.args = (node, part)
+        node.meta[OUTLIERS], node.meta[COLUMNS] = len(outliers), mask
+    return mask
 
 
 def _reading(linears: list[fx.Node], ctx: Context) -> Callable[[], list[Tensor]]:
@@ -153,6 +198,8 @@ def _into_norm(graph: fx.Graph, family: _Family, inverse: Tensor, ctx: Context) 
 
 
 def _into_linear(family: _Family, inverse: Tensor, ctx: Context, writes: Writes) -> bool:
+    if any(OUTLIERS in node.meta for node in family.linears):
+        return False  # they are read as they were
     if set(family.x.users) != set(family.linears) or writes.touch(family.x, *family.linears):
         return False
     found: Rows | None = rows_before(family.x, writes)

@@ -75,7 +75,7 @@ def _lower_site(graph: fx.Graph, node: fx.Node, ctx: Context) -> None:
                 *node.meta.get("qpass_notes", ()),
                 *refusals,
             ),
-            same_rows=0 if stays else lowering.same_rows(site, ctx.cpu),
+            same_rows=0 if stays or scheme.outliers else lowering.same_rows(site, ctx.cpu),
             m=timing.m if timing else 0,
             predicted_ms=timing.predicted_ms if timing else None,
             measured_ms=timing.ms if timing else None,

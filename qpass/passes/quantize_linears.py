@@ -26,7 +26,7 @@ def quantize_linears(graph: fx.Graph, ctx: Context) -> int:
     ctx.check_names([*(name for node in linears for name in node.meta["qpass_names"]), *ctx.left])
     count = 0
     for node in linears:
-        x, weights, biases = node.args
+        x, _, biases = node.args
         scheme, given = scheme_of(node, ctx), ctx.given_of(node)
         if scheme.weight is None:
             continue

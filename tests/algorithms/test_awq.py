@@ -65,7 +65,9 @@ def test_a_silent_input_is_neither_scaled_nor_lost() -> None:
 
 
 @pytest.mark.parametrize(
-    "format", [Format(b, g, s) for b in (2, 3, 4) for g in (16, 64, None) for s in (0, 1)], ids=str
+    "format",
+    [Format(b, g, s, f) for b in (2, 3, 4) for g in (16, 64, None) for s, f in ((0, 0), (1, 0), (0, 1))],
+    ids=str,
 )
 def test_clipping_never_costs_and_pays_at_few_bits(format: Format) -> None:
     g = torch.Generator().manual_seed(3)

@@ -14,7 +14,7 @@ from qpass.scheme import Format
 N, K, SAMPLES = 48, 160, 640
 GROUPED = [
     Format(bits, group, sym) for bits in (2, 3, 4, 8) for group in (16, 32, 64, 128, None) for sym in (False, True)
-]
+] + [Format(bits, 32, False, True) for bits in (2, 4)]
 
 
 def _layer(seed: int = 0, n: int = N, k: int = K) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +42,7 @@ def _algorithm_1(weight: Tensor, hessian: Tensor, format: Format, act_order: boo
     for j in range(len(h)):
         index = int(order[j]) // (format.group or len(h))
         scale, zero = scales[:, index], zeros[:, index]
-        rounded = ((w[:, j] / scale).round() + zero).clamp(0, format.max_code)
+        rounded = (w[:, j] / scale + zero).round().clamp(0, format.max_code)
         q[:, j] = (rounded - zero) * scale
         w[:, j:] -= ((w[:, j] - q[:, j]) / t[j, j])[:, None] * t[j, j:]
     return torch.empty_like(q).index_copy_(1, order, q).float()
@@ -78,7 +78,11 @@ def test_the_output_is_nearer_than_rounding_to_nearest(format: Format, act_order
 
 
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("format", [Format(4, 32), Format(3, 64, True), Format(8, None, True), Format(2, 128)], ids=str)
+@pytest.mark.parametrize(
+    "format",
+    [Format(4, 32), Format(3, 64, True), Format(8, None, True), Format(2, 128), Format(3, 32, False, True)],
+    ids=str,
+)
 def test_inputs_that_are_independent_leave_rounding_to_nearest(format: Format, act_order: bool) -> None:
     weight, *_ = _layer()
     ours, plain = gptq(weight, torch.eye(K), format, act_order=act_order, grid="whole"), rtn(weight, format)

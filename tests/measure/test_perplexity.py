@@ -70,8 +70,8 @@ def test_one_window_is_transformers_own_loss(model, ids):
 
 def test_a_model_of_equal_chances_has_its_vocabulary_as_perplexity(ids):
     (record,) = perplexity(lambda x: torch.zeros(*x.shape, VOCABULARY), ids, length=16, stride=8)
-    assert record.value == pytest.approx(VOCABULARY)
-    assert record.p90 - record.p10 < 1e-9
+    assert record.value == pytest.approx(VOCABULARY, rel=1e-6)
+    assert record.p90 - record.p10 < 1e-4
 
 
 def test_a_compiled_model_would_see_one_shape(ids):
@@ -128,7 +128,7 @@ def test_divergence_is_not_symmetric_and_counts_other_choices():
     found.add(p, q)
     kl, _, top1 = found.records()
     wanted = 0.8 * math.log(2) + 0.2 * math.log(1 / 3) + 0.3 * math.log(1.5) + 0.7 * math.log(0.7 / 0.8)
-    assert kl.value == pytest.approx(wanted / 2, rel=1e-6)
+    assert kl.value == pytest.approx(wanted / 2, rel=1e-5)
     assert top1.value == 0.5
 
 

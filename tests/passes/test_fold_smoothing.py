@@ -225,6 +225,38 @@ def test_statistics_of_another_width_are_refused():
         rewrite(m, (X,), STEPS, "w8a8-dynamic", calibrated=Calibrated(lambda name: observed(96), lambda name: 0.5))
 
 
+@pytest.mark.parametrize("norm", ["rms", "none"])
+def test_outliers_are_kept_apart(norm):
+    """Int8 never sees them, their product is added: near what 16 bits give, whatever their size."""
+
+    def body(m, x):
+        y = m.rms(x) if norm == "rms" else x
+        return m.q_64(y), m.v_64(y), F.silu(m.up_64(y))
+
+    m, x = module(body), X.clone()
+    with torch.no_grad():
+        m.rms.weight[[3, 17]] *= 1000
+    if norm == "none":
+        x[..., [3, 17]] *= 1000
+    exact = rewrite(m, (x,), [canonicalize]).outputs()
+    plain = rewrite(m, (x,), STEPS, "w8a8-dynamic").outputs()
+    done = rewrite(m, (x,), STEPS, "w8a8-outlier", calibrated=calibrated())
+    sites = done.nodes(QUANTIZED)
+    assert [site.args[7] for site in sites] == ["a8-token"] * 2
+    assert all("outliers" in site.meta["qpass_fused"] for site in sites)
+    for a, b, c in zip(exact, plain, done.outputs(), strict=True):
+        assert sqnr_db(a, c) > 80
+        assert sqnr_db(a, b) < 60
+
+
+def test_no_outliers_is_plain_int8():
+    m = module(lambda m, x: m.q_64(x))
+    none = Calibrated(lambda name: observed(64, ()), lambda name: None)
+    done = rewrite(m, (X,), STEPS, "w8a8-outlier", calibrated=none)
+    assert done.counts["fold_smoothing"] == 0
+    assert torch.equal(done.outputs()[0], rewrite(m, (X,), STEPS, "w8a8-dynamic").outputs()[0])
+
+
 def test_a_given_divisor_is_folded_like_one_of_ours():
     """AWQ: into the rows of a preceding linear through its scales, where that has given codes too."""
     m = module(lambda m, x: (lambda y: m.down_96(F.silu(m.gate_64(y)) * m.up_64(y)))(m.rms(x)))
@@ -237,7 +269,7 @@ def test_a_given_divisor_is_folded_like_one_of_ours():
     assert done.counts["fold_smoothing"] == 2
     assert not done.nodes(divide)
     assert sqnr_db(done.capture.run()[0], done.outputs()[0]) > 14
-    scales = [node.meta["qpass_refs"] for node in done.nodes(QUANTIZED)][0][1].scaling.rows
+    scales = next(node.meta["qpass_refs"] for node in done.nodes(QUANTIZED))[1].scaling.rows
     assert scales.shape == (96,)
 
 

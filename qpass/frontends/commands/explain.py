@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
 from qpass.frontends.commands import session
 
 
-def explain(model: str, *, scheme: str, exclude: Sequence[str], lowering: str | None, full: bool) -> None:
+def explain(
+    model: str,
+    *,
+    scheme: str,
+    exclude: Sequence[str],
+    lowering: str | None,
+    full: bool,
+    stats: Path | None = None,
+    alpha: str = "auto",
+    recipe: Path | None = None,
+) -> None:
     """The table goes to stdout. Raises QpassError."""
     session.check(model, scheme)
+    asked = session.chosen(scheme, stats, alpha, recipe)
     import torch
 
     import qpass
@@ -21,7 +33,13 @@ def explain(model: str, *, scheme: str, exclude: Sequence[str], lowering: str | 
     from qpass.runtime.decoder import Decoder
 
     loaded = load(model)
-    compile = session.compiler(scheme, exclude, lowering, release_weights=False)
+    compile = session.compiler(
+        asked.pop("scheme"),
+        exclude,
+        lowering,
+        release_weights=False,
+        **asked,
+    )
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     whole = compile(loaded.model)  # checks the patterns against the modules
     with progress.waiting(f"compiling the token step, {scheme}"), torch.no_grad():

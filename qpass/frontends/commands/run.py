@@ -38,11 +38,15 @@ def run(
     draft_vocabulary: int | None = None,
     k: int | str = "auto",
     trace: Path | None = None,
+    stats: Path | None = None,
+    alpha: str = "auto",
+    recipe: Path | None = None,
 ) -> None:
     """Text goes to stdout as it comes, everything else to stderr. Raises QpassError."""
     if trace is not None and (trace.suffix != ".html" or not trace.parent.is_dir()):
         raise OptionError(f"--trace {trace}: accepted is a file .html in a folder that exists")
     session.check(model, scheme)
+    asked = session.chosen(scheme, stats, alpha, recipe)
     import torch
 
     from qpass.frontends.hf import load
@@ -56,17 +60,19 @@ def run(
     loaded = load(model)
     input_ids = encode(loaded.tokenizer, prompt, chat)
     loaded_bytes = memory.resident_bytes()
-    compile = session.compiler(scheme, exclude, lowering, release_weights=not keep_weights)
+    compile = session.compiler(
+        asked.pop("scheme"),
+        exclude,
+        lowering,
+        release_weights=not keep_weights,
+        **asked,
+    )
     whole = compile(loaded.model)  # costs nothing before its first call, but checks the patterns against the modules
     try:
         spec = Speculation(
-            loaded.model,
+            whole,
             _drafts(draft),
             k=cast(Any, k),  # anything else is refused there
-            scheme=scheme,
-            exclude=tuple(exclude),
-            lowering=lowering,
-            release_weights=not keep_weights,
             kv_dtype=kv,
             tokenizer=loaded.tokenizer,
             draft_scheme=draft_scheme,

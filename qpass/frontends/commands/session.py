@@ -8,9 +8,10 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from qpass.errors import UnsupportedError
+from qpass.errors import OptionError, UnsupportedError
 from qpass.frontends import progress
 from qpass.frontends.hf import Loaded
 from qpass.kernels.store import cache_folder, open_folder
@@ -46,6 +47,26 @@ def check(model: str, scheme: str) -> None:
     locate(model)
 
 
+def chosen(scheme: str, stats: Path | None, alpha: str, recipe: Path | None) -> dict[str, Any]:
+    """``--scheme``, ``--stats``, ``--alpha`` and ``--recipe`` as ``qpass.compile`` takes them, the files read. Raises QpassError."""
+    from qpass.frontends.options import Options
+
+    arguments = {"scheme": None if recipe is not None else scheme, **calibration(stats, alpha, recipe)}
+    Options.make(**arguments)
+    return arguments
+
+
+def calibration(stats: Path | None, alpha: str, recipe: Path | None) -> dict[str, Any]:
+    """``--stats``, ``--alpha`` and ``--recipe`` as ``qpass.compile`` takes them. Raises OptionError."""
+    value: Any = None if alpha == "none" else alpha
+    if alpha not in ("auto", "none"):
+        try:
+            value = float(alpha)
+        except ValueError:
+            raise OptionError(f"--alpha {alpha}: accepted are auto, none and a number from 0 to 1") from None
+    return {"stats": stats, "alpha": value if stats is not None or alpha != "none" else "auto", "recipe": recipe}
+
+
 @dataclass(frozen=True)
 class Ready:
     """A model behind a decoder, both steps compiled. ``decoder`` is None where the model can't have one; then
@@ -60,7 +81,9 @@ class Ready:
     explanation: Any  # qpass.frontends.explain.Explanation, None for the baseline
 
 
-def compiler(scheme: Any, exclude: Sequence[str], lowering: str | None, release_weights: bool) -> Callable[..., Any]:
+def compiler(
+    scheme: Any, exclude: Sequence[str], lowering: str | None, release_weights: bool, **more: Any
+) -> Callable[..., Any]:
     """``qpass.compile`` with its arguments given, as the decoder wants it."""
     import qpass
 
@@ -72,6 +95,7 @@ def compiler(scheme: Any, exclude: Sequence[str], lowering: str | None, release_
         release_weights=release_weights,
         fullgraph=True,
         dynamic=False,
+        **more,
     )
 
 

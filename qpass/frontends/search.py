@@ -1,0 +1,294 @@
+"""``qpass.search``: a scheme for each linear, by what it costs the model's output and what it saves, within a budget."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qpass.cpu import Cpu, detect
+from qpass.errors import OptionError, QpassError
+from qpass.frontends import progress
+from qpass.frontends.batches import read_batches
+from qpass.frontends.instrument import Shared
+from qpass.frontends.recipe import Choice, Recipe, read_json, write_json
+from qpass.frontends.simulate import Simulation, divergence, logits_of
+from qpass.frontends.statistics import Statistics
+from qpass.kernels import plan
+from qpass.kernels.format import KernelFormat
+from qpass.scheme import Scheme
+
+CANDIDATES = ("w16a16", "w8a8-dynamic", "w8a16", "w4a16-g32", "w4a16-g64", "w4a16-g128", "w4a8-g64", "w3a16-g64")
+"""What each layer may get, by default."""
+
+_FORMAT = "qpass measurements 1"
+_BUDGET = re.compile(r"\s*(ppl|bytes)\s*<=\s*(\d+(?:\.\d+)?)\s*%\s*")
+_ROUNDS = 8  # of bisection on what all choices together cost
+
+
+@dataclass(frozen=True)
+class Budget:
+    """``ppl``: perplexity may grow by this share, and time is saved; ``bytes``: weights may take this share of 16 bits, and quality is saved."""
+
+    kind: str
+    share: float
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        match = _BUDGET.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
+            raise OptionError(f"a budget is 'ppl<=1%' or 'bytes<=30%', with any number, not {text!r}")
+        return cls(match[1], float(match[2]) / 100)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One scheme for one input's linears: bytes of weights, seconds a token, and KL of the output with nothing else quantized."""
+
+    scheme: Scheme
+    bytes: int
+    seconds: float
+    kl: float
+
+    def cost(self, kind: str) -> float:
+        return self.bytes if kind == "bytes" else self.seconds
+
+
+def search(
+    model: nn.Module,
+    batches: Any,
+    budget: str = "ppl<=1%",
+    *,
+    candidates: Sequence[str] = CANDIDATES,
+    stats: Statistics | str | Path | None = None,
+    alpha: Any = "auto",
+    tokenizer: Any = None,
+    resume: str | Path | None = None,
+    samples: int = 8,
+    length: int = 128,
+    seed: int = 0,
+) -> Recipe:
+    """The fastest recipe within ``ppl<=..%``, or the best within ``bytes<=..%`` of the linears' 16-bit bytes.
+
+    Each input's linears are simulated in each candidate scheme alone, and the KL of the model's output is measured (in
+    nats a token, which is about the growth of log perplexity). Choices then follow the convex hull of cost against KL, which
+    for a sum of separate choices is the knapsack's answer to within one step; what all of them cost together is measured too,
+    and bisected upon for ``ppl``.
+
+    batches   as for ``qpass.calibrate``; a few hundred tokens are enough, each is run candidates x inputs times
+    stats     what ``qpass.calibrate`` saw: int8 activations are then smoothed
+    resume    a file that keeps each measurement as it is made, and is read if it is there and of the same question
+
+    Raises OptionError for a budget that no choice meets, and for what can't be read.
+    """
+    asked = Budget.parse(budget)
+    schemes = [Scheme.parse(name) for name in candidates]
+    if not any(scheme.quantizes for scheme in schemes):
+        raise OptionError("candidates need at least one scheme that quantizes")
+    calibrated = None
+    if stats is not None:
+        found = Statistics.read(stats)
+        found.check_model(model)
+        calibrated = found.calibrated(alpha)
+    elif (needy := next((s for s in schemes if s.needs_statistics), None)) is not None:
+        raise OptionError(f"candidate {needy} needs statistics: pass stats=qpass.calibrate(model, batches)")
+    data = _batches(model, batches, tokenizer, length, samples, seed)
+    simulation = Simulation(model, calibrated)
+    question = _question(data, budget="", stats=stats is not None, alpha=repr(alpha))
+    notes = _Notes(None if resume is None else Path(resume), question)
+    reference = [logits_of(simulation(batch)) for batch in data]
+    if not all(bool(torch.isfinite(r).all()) for r in reference):
+        raise QpassError("the model's own output holds NaN or infinity on these batches")
+
+    def measure(chosen: dict[str, Scheme]) -> float:
+        key = hashlib.sha256(repr(sorted((n, s.name) for n, s in chosen.items())).encode()).hexdigest()[:24]
+        if key not in notes.kl:
+            simulation.schemes = chosen
+            each = [divergence(r, logits_of(simulation(b))) for r, b in zip(reference, data, strict=True)]
+            notes.add(key, sum(each) / len(each))
+        return notes.kl[key]
+
+    inputs = dict(simulation.inputs)
+    if not inputs:
+        raise OptionError("the model has no linear layer over a Parameter")
+    cpu = replace(detect(), rates=plan.TYPICAL_RATES)  # not this minute's: a search gives the same recipe twice
+    table: dict[tuple[str, ...], list[Option]] = {}
+    with progress.counting("measuring sites", len(inputs)) as show:
+        for done, (names, shared) in enumerate(inputs.items()):
+            show(done, names[0])
+            table[names] = [
+                Option(
+                    scheme,
+                    *_cost(shared, scheme, cpu),
+                    measure(dict.fromkeys(names, scheme)) if scheme.quantizes else 0.0,
+                )
+                for scheme in schemes
+            ]
+    path = list(_path(table, asked.kind))
+    with progress.waiting("choosing"):
+        chosen, together = (_within_bytes if asked.kind == "bytes" else _within_ppl)(asked, path, table, measure)
+    return _recipe(chosen, together, table, budget, seed)
+
+
+def _batches(model: nn.Module, batches: Any, tokenizer: Any, length: int, samples: int, seed: int) -> list[Any]:
+    if isinstance(batches, Iterable) and not isinstance(batches, str | Path | Tensor):
+        found = list(batches)
+        if not found:
+            raise OptionError("the batches are empty")
+        if any(isinstance(item, str) for item in found):
+            found = list(read_batches(found, tokenizer, length=length, count=None))
+        return found
+    found = list(read_batches(batches, tokenizer, length=length, count=None))
+    return random.Random(seed).sample(found, min(samples, len(found)))
+
+
+def _question(data: list[Any], **more: Any) -> str:
+    """A fingerprint of what is measured on what."""
+    digest = hashlib.sha256(repr(sorted(more.items())).encode())
+    for batch in data:
+        values = (
+            batch.items()
+            if hasattr(batch, "items")
+            else enumerate(batch if isinstance(batch, list | tuple) else [batch])
+        )
+        for name, value in values:
+            digest.update(str(name).encode())
+            digest.update(value.float().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
+    return digest.hexdigest()
+
+
+class _Notes:
+    """What was measured so far, kept in a file if there is one to keep it in."""
+
+    def __init__(self, path: Path | None, question: str) -> None:
+        self.path, self.question = path, question
+        self.kl: dict[str, float] = {}
+        if path is not None and path.is_file():
+            data = read_json(path, _FORMAT, "file of measurements")
+            if data.get("question") != question:
+                raise OptionError(f"{path} keeps measurements of other batches or statistics: remove it to begin anew")
+            self.kl = {str(key): float(value) for key, value in data["kl"].items()}
+
+    def add(self, key: str, value: float) -> None:
+        self.kl[key] = value
+        if self.path is not None:
+            write_json(self.path, {"format": _FORMAT, "question": self.question, "kl": self.kl})
+
+
+def _cost(shared: Shared, scheme: Scheme, cpu: Cpu) -> tuple[int, float]:
+    """Bytes of the linears' weights, and the seconds that they take for one token, by the performance model."""
+    n, k = sum(reader.ref.shape[0] for reader in shared.readers), shared.readers[0].ref.shape[1]
+    size = shared.readers[0].ref.parameter.element_size()
+    assert cpu.rates is not None
+    if scheme.weight is None:
+        return n * k * size, n * k * size / cpu.rates.read_bytes
+    scale_bytes = 4 if scheme.weight.group is None else 2
+    format = KernelFormat(scheme.weight.bits, scheme.weight.group, scheme.activation, scale_bytes)
+    return format.packed_bytes(n, k), plan.plan(plan.Shape(1, n, k), format, cpu).seconds
+
+
+Table = dict[tuple[str, ...], list[Option]]
+State = dict[tuple[str, ...], Option]
+
+
+def _path(table: Table, kind: str) -> Iterable[State]:
+    """From the best quality to the least cost, one input's step at a time: always the one that saves most per KL."""
+    state: State = {}
+    steps: list[tuple[float, tuple[str, ...], int, Option]] = []
+    for names, options in table.items():
+        hull = _hull(options, kind)
+        state[names] = hull[0]
+        for index, (a, b) in enumerate(pairwise(hull)):
+            price = (b.kl - a.kl) / (a.cost(kind) - b.cost(kind))
+            steps.append((price, names, index, b))
+    yield dict(state)
+    for _, names, _, option in sorted(steps, key=lambda step: (step[0], step[1], step[2])):
+        state[names] = option
+        yield dict(state)
+
+
+def _hull(options: list[Option], kind: str) -> list[Option]:
+    """Those that no mix of others beats, by falling cost and rising KL."""
+    hull: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.kl, o.cost(kind), o.scheme.name)):
+        if hull and option.cost(kind) >= hull[-1].cost(kind):
+            continue
+        while len(hull) > 1 and _price(hull[-1], option, kind) <= _price(hull[-2], hull[-1], kind):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _price(a: Option, b: Option, kind: str) -> float:
+    return (b.kl - a.kl) / (a.cost(kind) - b.cost(kind))
+
+
+def _schemes(state: State) -> dict[str, Scheme]:
+    return {name: option.scheme for names, option in state.items() for name in names if option.scheme.quantizes}
+
+
+Measure = Callable[[dict[str, Scheme]], float]
+
+
+def _within_bytes(budget: Budget, path: list[State], table: Table, measure: Measure) -> tuple[State, float]:
+    full = sum(max(option.bytes for option in options) for options in table.values())
+    for state in path:
+        if sum(option.bytes for option in state.values()) <= budget.share * full:
+            return state, measure(_schemes(state))
+    least = sum(option.bytes for option in path[-1].values()) / full
+    raise OptionError(f"no choice takes bytes<={budget.share:.1%}: the least that the candidates allow is {least:.1%}")
+
+
+def _within_ppl(budget: Budget, path: list[State], table: Table, measure: Measure) -> tuple[State, float]:
+    """The furthest state of the path whose measured KL stays within; KL rises along the path but for noise."""
+    most = math.log1p(budget.share)
+    first = measure(_schemes(path[0]))
+    if first > most:
+        raise OptionError(
+            f"no choice keeps ppl<={budget.share:.1%}: the best that the candidates allow costs {math.expm1(first):.2%}"
+        )
+    low, high = 0, len(path)  # the first is within, the second is not (or is none)
+    for _ in range(_ROUNDS):
+        if high - low <= 1:
+            break
+        middle = (low + high) // 2
+        if measure(_schemes(path[middle])) <= most:
+            low = middle
+        else:
+            high = middle
+    return path[low], measure(_schemes(path[low]))
+
+
+def _recipe(chosen: State, together: float, table: Table, budget: str, seed: int) -> Recipe:
+    choices = []
+    for names, option in chosen.items():
+        cheaper = [o for o in table[names] if o.bytes < option.bytes]
+        reason = "the least there is"
+        if cheaper:
+            nearest = min(cheaper, key=lambda o: o.kl)
+            times = nearest.kl / option.kl if option.kl > 0 else math.inf
+            reason = f"{nearest.scheme} would cost {nearest.kl:.2e}" + (
+                f", {times:.1f} times" if times < math.inf else ""
+            )
+        choices.append(Choice(names, option.scheme.name, option.bytes, 1e6 * option.seconds, option.kl, reason))
+    full = sum(max(o.bytes for o in options) for options in table.values())
+    size = sum(c.bytes for c in choices)
+    summary = {
+        "budget": budget,
+        "seed": seed,
+        "bytes": size,
+        "share of 16 bits": f"{size / full:.1%}",
+        "us a token": round(sum(c.microseconds for c in choices), 1),
+        "KL together": together,
+        "perplexity, about": f"+{math.expm1(together):.2%}",
+    }
+    return Recipe(tuple(choices), summary)

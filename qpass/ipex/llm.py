@@ -1,0 +1,5 @@
+"""``ipex.llm``."""
+
+from qpass.frontends.ipex import optimize
+
+__all__ = ["optimize"]
