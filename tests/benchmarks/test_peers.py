@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-PEERS = Path(__file__).parents[2] / "benchmarks" / "peers"
-sys.path.insert(0, str(PEERS))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "peers"))
 import install
 import run
 from plain_folder import plain_folder
 
+PEERS = Path(run.__file__).parent
 ENGINE = f"""
 import sys, time
 sys.path.insert(0, {str(PEERS)!r})
