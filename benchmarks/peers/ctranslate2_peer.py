@@ -24,7 +24,7 @@ tokenizer = AutoTokenizer.from_pretrained(source)
 
 def generate(prompt: list[int], new: int, on_token) -> None:
     tokens = tokenizer.convert_ids_to_tokens(prompt)
-    settings = {"max_length": new, "min_length": new, "sampling_topk": 1, "include_prompt_in_result": False}
+    settings = {"max_length": new, "min_length": new, "sampling_topk": 1}
     for step in generator.generate_tokens(tokens, **settings):
         on_token(step.token_id)
 

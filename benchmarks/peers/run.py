@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,14 +168,18 @@ def measure(args: argparse.Namespace, prompts: dict[int, Any]) -> list[Record]:
     return records
 
 
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
 def main() -> None:
     from rich.console import Console
     from transformers import AutoTokenizer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = partial(str.split, sep=",")
+    names = _names
     parser.add_argument("model", help="a folder for transformers")
-    parser.add_argument("--ours", type=names, default=["stock", "w8a16", "w4a16-g128", "w4a8-g128"])
+    parser.add_argument("--ours", type=names, default=["stock", "w8a16", "w4a16-g128", "w4a8-g128"], help='"" for none')
     parser.add_argument("--peers", type=names, default=[], help="NAME:VARIANT, ...; by default all")
     parser.add_argument("--prompt-len", type=names, default=["128"])
     parser.add_argument("--new", type=int, default=64)
@@ -192,8 +195,9 @@ def main() -> None:
     records = measure(args, prompts)
     if args.output:
         append(args.output, records)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     for each in table(records):
-        Console().print(each)
+        console.print(each)
 
 
 if __name__ == "__main__":

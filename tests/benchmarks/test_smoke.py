@@ -22,7 +22,7 @@ def test_a_case_of_each_suite(tmp_path: Path) -> None:
         "--smoke",
     ]
     done = subprocess.run(
-        [*command, f"--benchmark-json={tmp_path / 'b.json'}", "-p", "no:cacheprovider"],
+        [*command, f"--benchmark-json={tmp_path / 'b.json'}", "-p", "no:cacheprovider", "--durations=5"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
