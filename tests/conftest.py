@@ -14,7 +14,7 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from qpass.frontends.hf import load
 
     folder = tmp_path_factory.mktemp("smollm2")
-    loaded = load(demo_model_path())
+    loaded = load(demo_model_path(), codes=False)
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     return folder
