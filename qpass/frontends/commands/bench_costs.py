@@ -68,7 +68,11 @@ def once(model: str, variant: str, prompt: int) -> dict[str, float]:
     loaded = load(model)
     found["load"] = time.perf_counter() - started
     stage("load")
-    compile = session.baseline() if variant == STOCK else session.compiler(variant, (), None, release_weights=True)
+    compile = (
+        session.baseline(loaded.model)
+        if variant == STOCK
+        else session.compiler(variant, (), None, release_weights=True)
+    )
     decoder = Decoder(loaded.model, partial(compile))
     found["compile"] = decoder.warm_up()
     stage("compile")
