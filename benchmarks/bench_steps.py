@@ -30,7 +30,11 @@ class Ready:
     """One variant's decoder, compiled once for all cases; in smoke mode the model as it is."""
 
     def __init__(self, loaded: Any, scheme: str, smoke: bool) -> None:
-        compile = session.baseline() if scheme == STOCK else session.compiler(scheme, (), None, release_weights=False)
+        compile = (
+            session.baseline(loaded.model)
+            if scheme == STOCK
+            else session.compiler(scheme, (), None, release_weights=False)
+        )
         self.smoke = smoke
         self.decoder = Decoder(loaded.model, None if smoke else compile)
         self.decoder.warm_up(steps=("prompt", "likeliest", "verify"))

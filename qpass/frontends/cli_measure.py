@@ -154,7 +154,7 @@ def evaluate(
 
 def bench(
     model: Model,
-    schemes: Annotated[str, typer.Option(help=f"With commas: stock (Inductor, unquantized), {SCHEMES}.")] = (
+    schemes: Annotated[str, typer.Option(help=f"With commas: stock (Inductor, unquantized), recipe, {SCHEMES}.")] = (
         "stock,w8a16,w4a16-g128,w4a8-g128,w8a8-dynamic"
     ),
     prompt_len: Annotated[str, typer.Option(help="Tokens of a prompt, with commas.")] = "128",
@@ -181,6 +181,9 @@ def bench(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Where prompts come from; by default Python's own library.", show_default=False),
     ] = None,
+    stats: Stats = None,
+    alpha: Alpha = "auto",
+    recipe: RecipeOption = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="Append the records to this .jsonl file.", show_default=False),
@@ -190,7 +193,7 @@ def bench(
     """How fast: TTFT, TPOT and tokens a second of several variants in turns, beside what the machine allows."""
     with spoken(debug):
         from qpass.frontends.commands import bench as command
-        from qpass.frontends.commands.bench_variants import Draft
+        from qpass.frontends.commands.bench_variants import Calibrated, Draft
 
         asked = command.Asked(
             command.words("--schemes", schemes),
@@ -202,6 +205,7 @@ def bench(
             command.words("--draft-with", draft_with) if draft_with else (),
             costs,
             text,
+            Calibrated(stats, alpha, recipe),
         )
         command.bench(model, asked, output)
 

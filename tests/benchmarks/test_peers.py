@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,19 +53,24 @@ def start(tmp_path: Path):
         process.end()
 
 
-def state(process: run.Process) -> str:
-    return Path(f"/proc/{process.child.pid}/stat").read_text().rpartition(")")[2].split()[0]
+def is_stopped(process: run.Process) -> bool:
+    """Within a second: a signal takes effect when its process runs next."""
+    for _ in range(100):
+        if Path(f"/proc/{process.child.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def test_a_turn(start) -> None:
     process = start("good")
     assert process.about == {"version": "engine 1"}
-    assert state(process) == "T"  # stopped between its turns
+    assert is_stopped(process)
     outcome = process.generate(IDS, 4)
     assert process.tokens == [40, 41, 42, 43]
-    assert 50 <= outcome.ttft_ms < 200
-    assert 20 <= outcome.tpot_ms < 100  # from the first token to the last, over three
-    assert state(process) == "T"
+    assert 50 <= outcome.ttft_ms < 1000
+    assert 20 <= outcome.tpot_ms < 500  # from the first token to the last, over three
+    assert is_stopped(process)
     assert "words of the engine itself" in process.log.read_text()
 
 
