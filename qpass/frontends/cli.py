@@ -271,7 +271,12 @@ def profile(
     context: Annotated[int, typer.Option(min=1, help="How many tokens stand before the one that is timed.")] = 512,
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="Also draw it, as .png, .svg or .pdf.", show_default=False),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Also draw it, as .png, .svg or .pdf, or append a record, .jsonl.",
+            show_default=False,
+        ),
     ] = None,
     exclude: Exclude = None,
     lowering: Lowering = None,
@@ -291,8 +296,12 @@ def profile(
 def evaluate(
     model: Model,
     scheme: Annotated[
-        str, typer.Option(help=f"One or several with commas: {_SCHEMES}; bf16 is the model as it is.")
-    ] = "w8a16",
+        str,
+        typer.Option(
+            help=f"One or several with commas: {_SCHEMES}; bf16 is the model as it is. By default w8a16, or the recipe.",
+            show_default=False,
+        ),
+    ] = "",
     tasks: Annotated[
         str, typer.Option(help="Of perplexity, kl (divergence from the full-precision model) and humaneval.")
     ] = "perplexity,kl",
@@ -336,6 +345,9 @@ def evaluate(
     ] = None,
     exclude: Exclude = None,
     lowering: Lowering = None,
+    stats: Stats = None,
+    alpha: Alpha = "auto",
+    recipe: RecipeOption = None,
     debug: Debug = False,
 ) -> None:
     """Quality, scheme by scheme: perplexity and divergence on text, HumanEval in a sandbox. Interrupted, it goes on."""
@@ -345,7 +357,7 @@ def evaluate(
         command.evaluate(
             command.Asked(
                 model,
-                tuple(filter(None, scheme.replace(" ", "").split(","))),
+                tuple(scheme.replace(" ", "").split(",")) if scheme else ("w8a16" if recipe is None else "recipe",),
                 tuple(filter(None, tasks.replace(" ", "").split(","))),
                 output=output,
                 text=text,
@@ -360,6 +372,9 @@ def evaluate(
                 exclude=tuple(exclude or ()),
                 lowering=lowering,
                 reference=reference,
+                stats=stats,
+                alpha=alpha,
+                recipe=recipe,
             )
         )
 

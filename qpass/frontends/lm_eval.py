@@ -63,6 +63,7 @@ class QPassLM(HFLM):
         super().__init__(
             pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=int(batch_size), device="cpu", **kwargs
         )
+        self.pretrained = pretrained  # its name again, for the table of results
         patterns = tuple(filter(None, exclude.split(";")))
         chosen: dict[str, Any] = {"scheme": scheme, "exclude": patterns, "lowering": lowering}
         self.fast = qpass.compile(loaded.model, insist=True, **chosen)

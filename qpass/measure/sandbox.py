@@ -14,7 +14,6 @@ import secrets
 import selectors
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
@@ -144,12 +143,9 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 
 def _remove(folder: str) -> None:
     """Also what was made unreadable."""
-
-    def again(function, path, _):  # type: ignore[no-untyped-def]
-        parent = os.path.dirname(path)
-        for each in (parent, path):
-            if not os.path.islink(each) and stat.S_ISDIR(os.lstat(each).st_mode):
-                os.chmod(each, 0o700)
-        function(path)
-
-    shutil.rmtree(folder, onerror=again)
+    os.chmod(folder, 0o700)
+    for parent, names, _ in os.walk(folder):  # top down: each is readable before it is entered
+        for path in (os.path.join(parent, name) for name in names):
+            if not os.path.islink(path):
+                os.chmod(path, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -6,7 +6,8 @@ from typer.testing import CliRunner
 
 from qpass.frontends import hf, speculation
 from qpass.frontends.cli import app
-from qpass.frontends.commands import eval as command
+from qpass.frontends.commands import eval_tasks
+from qpass.frontends.commands.eval_asked import Asked, matches
 from qpass.measure import humaneval, record
 from qpass.measure.perplexity import perplexity
 from qpass.runtime.decoder import Decoder
@@ -41,11 +42,19 @@ def test_text_quality_through_the_passes_is_kept_and_not_measured_twice(checkpoi
     for word in ("bf16", "w2a16-g32", "KL, nats", f"{two.value:.3f}"):
         assert word in out.stdout
     before = output.read_bytes()
-    monkeypatch.setattr(command, "_compiled", None)  # would fail if anything were measured again
+    monkeypatch.setattr(eval_tasks, "compiled", None)  # would fail if anything were measured again
     again = _qpass(*arguments)
     assert again.exit_code == 0, again.output
     assert again.stdout == out.stdout
     assert output.read_bytes() == before
+
+
+def test_a_result_of_other_choices_is_another_result():
+    plain = {"model": "m", "scheme": "w8a8-dynamic", "tokens": 5}
+    assert matches(plain | {"linear_bytes": 7}, plain)
+    assert not matches(plain | {"stats": "s 1"}, plain)
+    assert not matches(plain, plain | {"stats": "s 1"})
+    assert not matches(plain, plain | {"tokens": 6})
 
 
 class _Eager:
@@ -97,15 +106,28 @@ def test_humaneval_is_answered_run_and_kept(checkpoint, tmp_path, monkeypatch):
     assert (tmp_path / "out.samples.jsonl").read_text().splitlines() == samples
 
 
+def test_quantized_weights_are_not_compared_with_themselves(checkpoint, tmp_path):
+    from qpass import load, save
+
+    save(load(checkpoint, scheme="w4a16-g32"), tmp_path / "small")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "small" / name).write_bytes((checkpoint / name).read_bytes())
+    text = tmp_path / "text.py"
+    text.write_text(TEXT)
+    out = _qpass(tmp_path / "small", "--text", text)
+    assert out.exit_code == 2, out.output
+    assert "is quantized already: give its full-precision model with --reference" in " ".join(out.stderr.split())
+
+
 def test_a_long_text_is_read_in_parts_of_all_of_it(checkpoint, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a" * 5000 + "b" * 5000)
-    asked = command.Asked(str(checkpoint), ("bf16",), ("perplexity",), text=text, tokens=4096)
+    asked = Asked(str(checkpoint), ("bf16",), ("perplexity",), text=text, tokens=4096)
     loaded = hf.load(checkpoint)
-    ids = command._tokens(asked, loaded)
+    ids = eval_tasks.text_tokens(asked, loaded)
     assert len(ids) == 4096
     assert set(loaded.tokenizer.decode(ids)) == {"a", "b"}
-    assert torch.equal(command._tokens(asked, loaded), ids)
+    assert torch.equal(eval_tasks.text_tokens(asked, loaded), ids)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +138,9 @@ def test_a_long_text_is_read_in_parts_of_all_of_it(checkpoint, tmp_path):
         (("--scheme", ","), "at least one scheme"),
         (("--text", "/no/such/text"), "neither a text file nor a folder"),
         (("--stride", "600"), "stride is 600; accepted: 1 to 511"),
+        (("--stats", "/no/such/file"), "/no/such/file is not a file"),
+        (("--recipe", "/no/such/file", "--scheme", "w8a16"), "a recipe says every layer's scheme"),
+        (("--scheme", "recipe"), "give --recipe FILE"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(checkpoint, arguments, message):

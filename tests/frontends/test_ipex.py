@@ -123,3 +123,31 @@ def test_the_weight_only_tutorial_runs(checkpoint, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("The capital of France is")
     schemes = {record.scheme for record in qpass.explain(made["model"]).records}
     assert schemes == {"w8a16"}
+
+
+def test_the_smooth_quant_tutorial_runs(checkpoint, monkeypatch, capsys, tmp_path):
+    summary = tmp_path / "summary.safetensors"
+    monkeypatch.setattr(sys, "argv", ["smooth_quant.py", str(checkpoint), str(summary)])
+    made = runpy.run_path(str(EXAMPLES / "smooth_quant.py"))
+    assert capsys.readouterr().out.startswith("def add(a, b):")
+    assert qpass.Statistics.load(summary).tokens == 4 * 64
+    assert {record.scheme for record in qpass.explain(made["model"]).records} == {"w8a8-static"}
+
+
+def test_a_prepared_model_keeps_what_it_was_called_on(checkpoint, tmp_path):
+    from qpass.frontends.hf import load
+
+    model = load(checkpoint).model
+    ids = torch.arange(2, 82)[None]
+    prepared = prepare(model, get_smooth_quant_qconfig_mapping(), example_inputs=ids)
+    out = prepared(ids)
+    assert torch.equal(out.logits, model(ids).logits)
+    prepared({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    prepared(input_ids=ids)
+    assert prepared.statistics().tokens == 3 * 80
+    prepared.save_qconf_summary(qconf_summary=tmp_path / "s")
+    again = prepare(model, get_smooth_quant_qconfig_mapping())
+    again.load_qconf_summary(tmp_path / "s")
+    assert again.statistics().tokens == 240
+    with pytest.raises(UnsupportedError, match="needs no calibration"):
+        prepare(model, get_weight_only_quant_qconfig_mapping()).save_qconf_summary(tmp_path / "t")

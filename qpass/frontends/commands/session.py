@@ -47,6 +47,15 @@ def check(model: str, scheme: str) -> None:
     locate(model)
 
 
+def chosen(scheme: str, stats: Path | None, alpha: str, recipe: Path | None) -> dict[str, Any]:
+    """``--scheme``, ``--stats``, ``--alpha`` and ``--recipe`` as ``qpass.compile`` takes them, the files read. Raises QpassError."""
+    from qpass.frontends.options import Options
+
+    arguments = {"scheme": None if recipe is not None else scheme, **calibration(stats, alpha, recipe)}
+    Options.make(**arguments)
+    return arguments
+
+
 def calibration(stats: Path | None, alpha: str, recipe: Path | None) -> dict[str, Any]:
     """``--stats``, ``--alpha`` and ``--recipe`` as ``qpass.compile`` takes them. Raises OptionError."""
     value: Any = None if alpha == "none" else alpha
