@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from functools import cache
 from typing import Any
 
 import pytest
@@ -44,12 +43,16 @@ class Ready:
         self.decoder.prefill(self.ids[:, : self.context], self.pad + self.context, self.cache)
 
 
-_ready = cache(Ready)
+@pytest.fixture(scope="module")
+def variants() -> dict[str, Ready]:
+    return {}
 
 
 @pytest.fixture
-def ready(loaded: Any, scheme: str, smoke: bool) -> Ready:
-    return _ready(loaded, scheme, smoke)
+def ready(loaded: Any, scheme: str, smoke: bool, variants: dict[str, Ready]) -> Ready:
+    if scheme not in variants:
+        variants[scheme] = Ready(loaded, scheme, smoke)
+    return variants[scheme]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

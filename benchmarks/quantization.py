@@ -11,7 +11,6 @@ are in the output file are skipped, and a cell that was interrupted goes on behi
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qpass
 from qpass.frontends import progress
 from qpass.measure.corpus import read_text, windows
-from qpass.measure.record import Machine, Record, append, commit, quantile, read
+from qpass.measure.perplexity import Perplexity
+from qpass.measure.record import Record, append, read
 
 LENGTH = 512
 
@@ -72,7 +72,7 @@ def _settings(arguments: argparse.Namespace, scheme: str, algorithm: str) -> dic
 
 @torch.no_grad()
 def measure(arguments: argparse.Namespace, settings: dict) -> Record:
-    """Quantize one cell and measure it. The record's spread is that of the windows' own perplexities."""
+    """Quantize one cell and measure it."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval().requires_grad_(False)
     start = time.monotonic()
@@ -89,30 +89,13 @@ def measure(arguments: argparse.Namespace, settings: dict) -> Record:
             write_back=True,
         )
     seconds = time.monotonic() - start
-    losses = _losses(model, tokenizer, arguments.evaluation)
-    by_window = sorted(math.exp(loss) for loss in losses)
-    return Record(
-        what="perplexity",
-        value=math.exp(sum(losses) / len(losses)),
-        unit="1",
-        n=len(losses),
-        p10=quantile(by_window, 0.1),
-        p90=quantile(by_window, 0.9),
-        machine=Machine.here(),
-        commit=commit(),
-        settings=settings | {"quantize_s": round(seconds, 1)},
-    )
-
-
-def _losses(model: torch.nn.Module, tokenizer, count: int) -> list[float]:  # type: ignore[no-untyped-def]
-    """Mean negative log-likelihood of each window of the evaluation text."""
-    text = read_text(None, "evaluation")
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
-    losses = []
-    for window in windows(ids, LENGTH, count):
-        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
-        losses.append(float(torch.nn.functional.cross_entropy(logits, window[1:])))
-    return losses
+    ids = tokenizer(
+        read_text(None, "evaluation"), return_tensors="pt", add_special_tokens=False, verbose=False
+    ).input_ids
+    found = Perplexity()
+    for window in windows(ids[0], LENGTH, arguments.evaluation):
+        found.add(model(input_ids=window[None], use_cache=False).logits[0, :-1], window[1:])
+    return found.records(settings | {"quantize_s": round(seconds, 1)})[0]
 
 
 def report(records: list[Record]) -> str:

@@ -13,7 +13,6 @@ import argparse
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from qpass.kernels.search import ALWAYS
 from qpass.measure.linear import COPIES_BYTES, PEERS, Candidate, candidate, format_of
 from qpass.measure.pictures import draw_roofline
 from qpass.measure.record import Record, append, read
+from qpass.measure.report_data import linear_shares
 from qpass.scheme import Scheme
 
 SHAPES = ((8960, 1536), (1536, 8960), (1536, 1536))  # N, K: up, down and output projections of a 1.5B model
@@ -118,22 +118,13 @@ def each_path(names: tuple[str, ...], tokens: tuple[int, ...]) -> list[Record]:
     return records
 
 
-def shares(record: Record) -> tuple[float, float]:
-    """Of the read bandwidth, and of the peak of the dot products that the scheme uses (bf16's for anything not a8)."""
-    s: dict[str, Any] = dict(record.settings)
-    seconds, rates = record.value / 1e3, s["rates"]
-    kind = "int8" if "a8-" in s["name"] else "bf16"
-    peak = max(rates[f"{kind}_macs"], rates[f"{kind}_tile_macs"])
-    return s["weight_bytes"] / seconds / rates["read_bytes"], s["m"] * s["n"] * s["k"] / seconds / peak
-
-
 def draw(records: list[Record], path: Path) -> None:
     n, k = SHAPES[0]
     lines: dict[str, list[tuple[int, float, float]]] = {name: [] for name in DRAWN}
     for record in records:
         s = record.settings
         if (s["n"], s["k"]) == (n, k) and s["name"] in lines:
-            lines[s["name"]].append((s["m"], *shares(record)))
+            lines[s["name"]].append((s["m"], *linear_shares(record)))
     cpu = records[0].machine.cpu
     title = f"One linear layer, {k} to {n}, weights from memory, {records[0].machine.cores} threads, {cpu} ({records[0].machine.tier})"
     draw_roofline({name: sorted(points) for name, points in lines.items() if points}, title, path, peers=DRAWN[4:])

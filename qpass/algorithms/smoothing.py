@@ -6,7 +6,7 @@ the larger alpha is, the flatter the input gets and the rougher the weight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,13 +17,13 @@ from qpass.algorithms.rtn import rtn
 from qpass.qactivation import quantize_activation, quantize_by_scale
 from qpass.scheme import Scheme
 
-GRID = (None, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
-"""The alphas that "auto" tries; None: no smoothing."""
+GRID = (None, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""The alphas that "auto" tries, each with three magnitudes of the input; None: no smoothing."""
 
-CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
 """Shares of the largest magnitude at which a static scale may cut off."""
 
-ROWS = 512
+ROWS = 256
 """Outputs of a layer on which errors are measured, evenly spread."""
 
 
@@ -33,15 +33,10 @@ class Error:
 
     mean: float
     extreme: float
-    total: float = 0.0
 
-    @property
-    def worst(self) -> float:
-        return max(self.mean, self.extreme)
-
-
-METRIC = "mean"
-BASES = ("absmax",)
+    def of(self, static: bool) -> float:
+        """What counts: a scale a token adapts to extremes by itself, a static one must not fail them."""
+        return max(self.mean, self.extreme) if static else self.mean
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,6 @@ class Smoothed:
     divisor: Tensor | None
     scale: float | None
     error: Error
-    clip: float | None = None
 
 
 def divisor(absmax: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
@@ -92,48 +86,57 @@ def smooth(
     ``given`` is a divisor that the weights already expect; alpha must be None then.
     """
     rows, counts = observer.weighted_rows()
-    extremes = observer.extremes.shape[0]
     absmax = observer.absmax
     if given is not None:
         rows, absmax = rows / given, absmax / given
-    grid: Sequence[float | None] = GRID if alpha == "auto" else (alpha,)  # type: ignore[assignment]
     parts = [_spread(w, ROWS // len(weights)) for w in weights]
     outputs = [rows @ part.t() for part in parts]
-    energy = sum(y.square().sum(dim=1) for y in outputs).clamp_(min=1e-12)  # type: ignore[union-attr]
+    energy = torch.stack([y.square().sum(dim=1) for y in outputs]).sum(dim=0).clamp_(min=1e-12)
     static = any(scheme.activation == "a8-static" for scheme in schemes)
     best: Smoothed | None = None
-    typical = observer.sample.float().abs().amax(dim=0).clamp_(min=1e-6 * float(absmax.max())).minimum(absmax)
-    bases = [absmax]
-    if alpha == "auto":
-        bases = [{"absmax": absmax, "typical": typical, "geo": (absmax * typical).sqrt()}[b] for b in BASES]
-    for candidate, base in [(c, b) for c in grid for b in (bases if c is not None else bases[:1])]:
-        s = None if candidate is None else divisor(base, weights, candidate)
+    for candidate, s in _divisors(observer, weights, alpha, static):
         flat = rows if s is None else rows / s
-        scaled = [part if s is None else part * s for part in parts]
         codes = [
-            w if scheme.weight is None else rtn(w, scheme.weight).dequantize()
-            for w, scheme in zip(scaled, schemes, strict=True)
+            w if scheme.weight is None else rtn(w if s is None else w * s, scheme.weight).dequantize()
+            for w, scheme in zip(parts, schemes, strict=True)
         ]
-        peak = float((absmax if s is None else absmax / s).max())
-        scales = [None]
-        if static:
-            scales = [max(peak * clip, 1e-30) / 127 for clip in CLIPS]  # type: ignore[misc]
-            if s is None and given is None:
-                scales.append(max(observer.clip(), 1e-30) / 127)  # type: ignore[arg-type]
+        peak = max(float((absmax if s is None else absmax / s).max()), 1e-30)
+        scales: list[float | None] = [peak * clip / 127 for clip in CLIPS] if static else [None]
+        if static and s is None and given is None:
+            scales.append(max(observer.clip(), 1e-30) / 127)
         for scale in scales:
             errors = torch.zeros(len(rows))
             for w, y, scheme in zip(codes, outputs, schemes, strict=True):
                 errors += (fake_quantize(flat, scheme, scale) @ w.t() - y).square().sum(dim=1)
             relative = errors / energy
-            mean = float((relative * counts).sum() / counts.sum())
-            total = float((errors * counts).sum() / (energy * counts).sum())
-            found = Smoothed(
-                candidate, s, scale, Error(mean, float(relative[-extremes:].mean()), total), (scale or 0) * 127 / peak
+            error = Error(
+                float((relative * counts).sum() / counts.sum()), float(relative[-observer.extremes.shape[0] :].mean())
             )
-            if best is None or getattr(found.error, METRIC) < getattr(best.error, METRIC):
-                best = found
+            if best is None or error.of(static) < best.error.of(static):
+                best = Smoothed(candidate, s, scale, error)
     assert best is not None
     return best if given is None else replace(best, divisor=given)
+
+
+def _divisors(
+    observer: Observer, weights: Sequence[Tensor], alpha: float | str | None, static: bool
+) -> Iterator[tuple[float | None, Tensor | None]]:
+    """Alphas and their divisors. "auto" also asks for the magnitudes of ordinary rows, and for what lies between.
+
+    One spike in ten thousand tokens would otherwise flatten its channel for all of them. Not for a static scale, which cuts
+    off a spike that the kept rows don't show.
+    """
+    if alpha != "auto":
+        yield alpha, None if alpha is None else divisor(observer.absmax, weights, float(alpha))  # type: ignore[misc]
+        return
+    absmax = observer.absmax
+    ordinary = observer.sample.float().abs().amax(dim=0).clamp_(min=1e-6 * float(absmax.max())).minimum(absmax)
+    for candidate in GRID:
+        if candidate is None:
+            yield None, None
+            continue
+        for magnitudes in (absmax,) if static else (absmax, (absmax * ordinary).sqrt(), ordinary):
+            yield candidate, divisor(magnitudes, weights, candidate)
 
 
 def fake_quantize(x: Tensor, scheme: Scheme, scale: float | None) -> Tensor:

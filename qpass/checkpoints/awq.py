@@ -18,8 +18,8 @@ from torch import Tensor
 
 from qpass.checkpoints.bits import as_bytes, unpack_bits
 from qpass.checkpoints.files import Checkpoint
-from qpass.checkpoints.gptq import FLOATS, group_size
-from qpass.checkpoints.stored import StoredLinear, divided, stored_group
+from qpass.checkpoints.gptq import FLOATS, group_size, groups_in
+from qpass.checkpoints.stored import StoredLinear, divided
 from qpass.checkpoints.validate import check_finite, check_number, check_tensor, refuse
 from qpass.qweight import QWeight
 from qpass.scheme import Format
@@ -55,8 +55,7 @@ class Awq:
         if n % 8:
             refuse(words.file, words.name, f"has {n} outputs, which are no whole words of eight")
         check_tensor(words, (torch.int32,), (k, n // 8))
-        group, parts = stored_group(scales, self.group, k)
-        groups = 1 if group is None else -(-k // (group * parts))
+        group, parts, groups = groups_in(scales, self.group, k, own=True)
         check_tensor(zeros, (torch.int32,), (groups, n // 8))
         check_tensor(scales, FLOATS, (groups, n))
         check_finite(scales, checkpoint.tensor(scales.name))

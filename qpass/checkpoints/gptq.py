@@ -18,7 +18,7 @@ from torch import Tensor
 from qpass.checkpoints.bits import as_bytes, unpack_bits
 from qpass.checkpoints.files import Checkpoint
 from qpass.checkpoints.stored import StoredLinear, divided, order_of, stored_group
-from qpass.checkpoints.validate import check_finite, check_number, check_tensor, refuse
+from qpass.checkpoints.validate import TensorInfo, check_finite, check_number, check_tensor, refuse
 from qpass.qweight import QWeight, zero_dtype
 from qpass.scheme import BITS, Format
 
@@ -63,11 +63,7 @@ class Gptq:
                 words.name,
                 f"has {words.shape[0]} words for {k} inputs, which is not {self.bits or 'any'} bits",
             )
-        group, parts = stored_group(scales, self.group, k)
-        groups = 1 if group is None else -(-k // (group * parts))
-        if self.bits is None and scales.shape[:1] != (groups,):  # a module of its own group
-            group, parts = _own_group(scales, k)
-            groups = scales.shape[0]
+        group, parts, groups = groups_in(scales, self.group, k, own=self.bits is None)
         check_tensor(scales, FLOATS, (groups, n))
         if n * bits % 32:
             refuse(zeros.file, zeros.name, f"has the zeros of {n} outputs, which are no whole words of {bits} bits")
@@ -113,9 +109,15 @@ def group_size(config: dict[str, Any], where: Path) -> int:
     return group
 
 
-def _own_group(scales: Any, k: int) -> tuple[int | None, int]:
-    """The group that the number of scales says, where modules differ."""
-    groups = scales.shape[0] if scales.shape else 0
-    if groups < 1 or groups > k or k % groups:
-        refuse(scales.file, scales.name, f"has shape {list(scales.shape)}, which is no number of groups of {k} inputs")
-    return stored_group(scales, k // groups, k)
+def groups_in(scales: TensorInfo, group: int, k: int, *, own: bool) -> tuple[int | None, int, int]:
+    """A layer's group as one of ours, into how many of ours it is divided, and how many the file has.
+
+    ``own``: the number of scales counts where it says another group than the config. Raises CheckpointError.
+    """
+    found, parts = stored_group(scales, group, k)
+    count = 1 if found is None else -(-k // (found * parts))
+    stored = scales.shape[0] if scales.shape else 0
+    if own and stored != count and 0 < stored <= k and k % stored == 0:
+        found, parts = stored_group(scales, k // stored, k)
+        count = stored
+    return found, parts, count

@@ -271,7 +271,12 @@ def profile(
     context: Annotated[int, typer.Option(min=1, help="How many tokens stand before the one that is timed.")] = 512,
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="Also draw it, as .png, .svg or .pdf.", show_default=False),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Also draw it, as .png, .svg or .pdf, or append a record, .jsonl.",
+            show_default=False,
+        ),
     ] = None,
     exclude: Exclude = None,
     lowering: Lowering = None,

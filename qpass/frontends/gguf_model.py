@@ -18,21 +18,22 @@ from qpass.checkpoints.validate import refuse
 from qpass.lowering.given import give
 
 
-def load_gguf(path: Path, dtype: torch.dtype) -> Any:
+def load_gguf(path: Path, dtype: torch.dtype, *, codes: bool = True) -> Any:
     """Names and order of rows are undone as transformers' own loader does it; embeddings get their values.
 
     An architecture that transformers loads in another way, and a matrix whose type our formats can't hold, get values
-    in ``dtype`` too. Raises CheckpointError.
+    in ``dtype`` too, and so does everything without ``codes``. Raises CheckpointError.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    from qpass.frontends.huggingface import QPassConfig, given_from
+    from qpass.frontends.coded import given_from
+    from qpass.frontends.huggingface import QPassConfig
 
     file = GgufFile(path)
-    if is_gguf_arch_supported(file.architecture):
+    if not codes or is_gguf_arch_supported(file.architecture):
         return AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
         ).eval()

@@ -39,8 +39,11 @@ class Loaded:
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
 
-def load(source: str | Path, *, dtype: torch.dtype | None = None) -> Loaded:
-    """Load model and tokenizer; bf16 unless ``dtype`` says otherwise. Quantized weights keep their codes (see ``qpass.load``).
+def load(source: str | Path, *, dtype: torch.dtype | None = None, codes: bool = True) -> Loaded:
+    """Load model and tokenizer; bf16 unless ``dtype`` says otherwise.
+
+    Quantized weights keep their codes and have no others (see ``qpass.load``); without ``codes``, those of a .gguf file
+    get values instead.
 
     Raises OptionError for something that is not there, CheckpointError for something that can't be read; both name
     what is accepted. An unknown hub id or an unreachable hub is told within seconds.
@@ -52,7 +55,7 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None) -> Loaded:
     name, extra = locate(str(source))
     with progress.waiting(f"loading {Path(str(source)).name}"), quiet_bars(), readable(str(source)):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **extra)
-        model = load_model(name, extra, dtype=dtype)
+        model = load_model(name, extra, dtype=dtype, codes=codes)
     return Loaded(model.requires_grad_(False), tokenizer, str(source))
 
 

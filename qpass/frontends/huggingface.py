@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
@@ -23,16 +22,19 @@ from qpass.assignment import Assignment
 from qpass.checkpoints import artefact
 from qpass.checkpoints.artefact import METHOD, VERSION
 from qpass.checkpoints.atomic import new_folder
-from qpass.checkpoints.bits import pack_bits, unpack_bits
 from qpass.checkpoints.files import Checkpoint
 from qpass.checkpoints.formats import Reader, reader_of
 from qpass.checkpoints.stored import StoredLinear
 from qpass.errors import CheckpointError, OptionError, UnsupportedError
+from qpass.frontends.coded import in_memory, parameter_of, state_of
+from qpass.frontends.registration import register_with_transformers
 from qpass.frontends.stored_layers import read_layers
-from qpass.lowering.given import Given, give, given_of
-from qpass.lowering.released import ReleasedParameter, forget_pages, return_memory, without_values
-from qpass.qweight import QWeight, zero_dtype
+from qpass.lowering.given import given_of
+from qpass.lowering.released import forget_pages, return_memory, without_values
 from qpass.scheme import Scheme
+
+TRIM_BYTES = 1 << 23
+"""Weights read between two trims of the heap: it keeps a half of what quantizing needs in passing otherwise."""
 
 
 class QPassConfig(QuantizationConfigMixin):
@@ -93,6 +95,8 @@ class QPassQuantizer(HfQuantizer):
         self.layers = quantization_config.layers  # weights whose codes are in the files
         self.checkpoint: Checkpoint | None = None
         self.reader: Reader | None = None
+        self.failure: CheckpointError | None = None
+        self._quantize: _Quantize | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
@@ -136,12 +140,15 @@ class QPassQuantizer(HfQuantizer):
         return param_name in self.chosen
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self)
+        self._quantize = self._quantize or _Quantize(self)
+        return self._quantize
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.failure is not None:
+            raise self.failure
         own = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [entry for entry in own if not _is_ours(entry)] or None  # type: ignore[assignment]
-        self.checkpoint, self.reader, self.layers, self.chosen = None, None, {}, {}
+        self.checkpoint, self.reader, self.layers, self.chosen, self._quantize = None, None, {}, {}, None
         self.quantization_config.layers = {}
         attach(model, self)
         return_memory()
@@ -171,6 +178,8 @@ class QPassQuantizer(HfQuantizer):
 class _Quantize(ConversionOps):
     """One tensor of a shard becomes codes as soon as it is read."""
 
+    untrimmed = 0  # bytes read since the heap was trimmed last
+
     def __init__(self, quantizer: QPassQuantizer) -> None:
         self.quantizer = quantizer
 
@@ -183,12 +192,17 @@ class _Quantize(ConversionOps):
         assert scheme.weight is not None
         try:
             weight = rtn(value, scheme.weight)
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}") from error
+        except ValueError as error:  # what is raised here would end as a line of transformers' report
+            self.quantizer.failure = CheckpointError(f"{kwargs['model'].name_or_path}: {name}: {error}")
+            return {name: without_values(value.shape, value.dtype, name)}
         shape = (weight.n, weight.k)
         linear = StoredLinear(scheme.weight, shape, in_memory(weight), activation=scheme.activation, source="rtn")
         del weight
         forget_pages(value.data_ptr(), value.nbytes)
+        self.untrimmed += value.nbytes
+        if self.untrimmed > TRIM_BYTES:
+            self.untrimmed = 0
+            return_memory()
         return {name: parameter_of(name, linear, value.dtype)}
 
 
@@ -233,64 +247,6 @@ def is_tied(model: nn.Module, parameter: str) -> bool:
     return parameter in tied or parameter in tied.values()
 
 
-def in_memory(weight: QWeight) -> Any:
-    """A reader of codes that are kept dense, so that four bits take four."""
-    codes, scales = pack_bits(weight.codes, weight.format.bits), artefact.compact_scales(weight.scales)
-    zeros = None if weight.format.symmetric else weight.zeros
-    shape, k, format = weight.zeros.shape, weight.k, weight.format
-
-    def read() -> QWeight:
-        middle = 1 << format.bits - 1
-        zero = torch.full(shape, middle, dtype=zero_dtype(format)) if zeros is None else zeros
-        return QWeight(unpack_bits(codes, format.bits, k), scales.float(), zero, format)
-
-    return read
-
-
-def parameter_of(name: str, linear: StoredLinear, dtype: torch.dtype) -> ReleasedParameter:
-    """A weight without values, with the layer's codes."""
-    parameter = without_values(linear.shape, dtype, name)
-    parameter.qpass_eager = _eager_linear
-    give(parameter, given_from(linear))
-    return parameter
-
-
-def _eager_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from qpass.frontends.eager import eager_linear  # with it comes Dynamo, which merely loading a model doesn't need
-
-    return eager_linear(x, weight, bias)
-
-
-def given_from(linear: StoredLinear) -> Given:
-    return Given(
-        linear.format, linear.read, linear.divisor, linear.order, linear.activation, linear.source or "an artefact"
-    )
-
-
-def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A model's tensors as the artefact has them, and the table of its quantized layers.
-
-    A table that an embedding reads keeps its values: a tied head is quantized again when it is compiled.
-    """
-    state: dict[str, Tensor] = {}
-    modules: dict[str, Any] = {}
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        given = given_of(parameter)
-        if given is None or id(parameter) in tables or not name.endswith(".weight"):
-            state[name] = parameter.detach()
-            continue
-        module, (n, k) = name.removesuffix(".weight"), parameter.shape
-        stored = (given.divisor, given.order, given.activation, given.source)
-        tensors, modules[module] = artefact.to_tensors(StoredLinear(given.format, (n, k), given.read, *stored))
-        state |= {f"{module}.{part}": tensor for part, tensor in tensors.items()}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                state[f"{prefix}.{name}" if prefix else name] = buffer
-    return state, modules
-
-
 def attach(model: Any, quantizer: QPassQuantizer) -> None:
     """Let ``model.save_pretrained`` write an artefact, all at once."""
     model.hf_quantizer = quantizer
@@ -323,3 +279,6 @@ def save(model: Any, folder: str | Path, *, scheme: Any = None, calibration: dic
     if not isinstance(getattr(model, "hf_quantizer", None), QPassQuantizer):
         attach(model, QPassQuantizer(QPassConfig(scheme, calibration=calibration)))
     model.save_pretrained(folder)
+
+
+register_with_transformers()

@@ -35,9 +35,15 @@ def load(
 
 
 def load_model(
-    name: str, extra: dict[str, Any], *, dtype: torch.dtype | None = None, scheme: Any = None, exclude: Any = ()
+    name: str,
+    extra: dict[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+    scheme: Any = None,
+    exclude: Any = (),
+    codes: bool = True,
 ) -> Any:
-    """``name`` and ``extra`` as :func:`locate` gives them."""
+    """``name`` and ``extra`` as :func:`locate` gives them; without ``codes`` a .gguf file's weights get values."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -49,7 +55,7 @@ def load_model(
             raise OptionError(f"{extra['gguf_file']} is quantized already; load it without a scheme")
         from qpass.frontends.gguf_model import load_gguf
 
-        return load_gguf(Path(name) / extra["gguf_file"], dtype)
+        return load_gguf(Path(name) / extra["gguf_file"], dtype, codes=codes)
     folder = Path(name)
     if folder.is_dir():
         _check_folder(folder)

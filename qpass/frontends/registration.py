@@ -23,6 +23,9 @@ def register_with_transformers() -> None:
 def _register() -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+    ours = sys.modules.get("qpass.frontends.huggingface")
+    if ours is not None and not hasattr(ours, "QPassQuantizer"):
+        return  # it is being imported, imported transformers, and registers itself at its end
     from qpass.frontends.huggingface import QPassConfig, QPassQuantizer
 
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("qpass", QPassConfig)

@@ -147,7 +147,7 @@ def _batches(model: nn.Module, batches: Any, tokenizer: Any, length: int, sample
         if any(isinstance(item, str) for item in found):
             found = list(read_batches(found, tokenizer, length=length, count=None))
         return found
-    found = list(read_batches(batches, tokenizer, length=length, count=8 * samples))
+    found = list(read_batches(batches, tokenizer, length=length, count=None))
     return random.Random(seed).sample(found, min(samples, len(found)))
 
 

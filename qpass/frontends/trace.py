@@ -22,6 +22,8 @@ from typing import Any
 from qpass.runtime.control import Round, Switch
 
 TARGET = "target"
+PROMPT = 600
+"""A Record keeps this many of a prompt's last characters."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def to_settings(stats: Any, tokenizer: Any, input_ids: Any) -> dict[str, Any]:
     """The first row of a generation as plain values, for a Record: text by who proposed it, rounds, switches, prompt."""
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     pieces = shown(stats.pieces[0], lambda ids: str(decode(ids)))
+    text = str(decode(input_ids[0]))
     return {
         "pieces": [[piece.text, piece.by, piece.rejected] for piece in pieces],
         "rounds": [
@@ -77,7 +80,7 @@ def to_settings(stats: Any, tokenizer: Any, input_ids: Any) -> dict[str, Any]:
             for r in stats.rounds
         ],
         "switches": [[s.at, s.on] for s in stats.switches],
-        "text": str(decode(input_ids[0])),
+        "text": text if len(text) <= PROMPT else "\u2026" + text[-PROMPT:],
     }
 
 

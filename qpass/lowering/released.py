@@ -4,7 +4,9 @@ codes where they were given some, and whoever else reads them gets a clear error
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,8 @@ class ReleasedParameter(nn.Parameter):
             device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **{k: v for k, v in kwargs.items() if k != "copy"})
             if device is None or device.type == "cpu":
                 return self._as(dtype or self.dtype)
+        if name in ("detach", "cpu", "contiguous") and given is not None:
+            return self  # a state dict may name it; who writes one out is refused there
         if name in _DTYPES and given is not None:
             return self._as(_DTYPES[name])
         if name == "data =" and isinstance(args[1], ReleasedParameter) and args[1].shape == self.shape:
@@ -157,9 +161,42 @@ def without_values(shape: Sequence[int], dtype: torch.dtype, name: str) -> Relea
 
 
 def _hollow(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor over an anonymous mapping that nobody touches."""
-    size = max(1, torch.Size(shape).numel() * dtype.itemsize)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype, count=torch.Size(shape).numel()).view(shape)
+    """A tensor in address space alone. Who gets past the class (another compiler's graph) reads NaN, not a plausible 0."""
+    count = torch.Size(shape).numel()
+    size = max(1, count * dtype.itemsize)
+    region = mmap.mmap(-1, size)
+    tensor = torch.frombuffer(region, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+    if count:
+        _show_nan(tensor.data_ptr(), size)
+    return tensor.view(shape)
+
+
+def _show_nan(address: int, size: int) -> None:
+    """Map one shared run of pages full of ones, which is NaN in every float type, all over a mapping; Linux only."""
+    handle = _ones()
+    if handle is None:
+        return
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    for begin in range(0, size, _RUN):
+        length = min(_RUN, size - begin)
+        libc.mmap(address + begin, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED, handle, 0)
+
+
+_RUN = 1 << 22
+_MAP_FIXED = 0x10
+
+
+@functools.cache
+def _ones() -> int | None:
+    """A file in memory of :data:`_RUN` bytes, all ones."""
+    create = getattr(os, "memfd_create", None)
+    if create is None:
+        return None
+    handle = create("qpass-nan", os.MFD_CLOEXEC)
+    os.write(handle, b"\xff" * _RUN)
+    return handle
 
 
 def release(parameter: Tensor, name: str) -> int:

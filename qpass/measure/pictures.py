@@ -8,6 +8,7 @@ from typing import Any
 
 from qpass.measure.profile import Profile
 from qpass.measure.record import Record
+from qpass.measure.report_svg import short
 
 INK, PAPER, GRID = "#22272e", "#ffffff", "#d5dae1"
 COLOURS = ("#2f6db5", "#d1691b", "#3a8f5c", "#a13d63", "#7a6bb0", "#6b7785", "#b59b2f")
@@ -115,7 +116,12 @@ def draw_times(times: Mapping[str, Sequence[tuple[str, Record]]], title: str, pa
     figure, axes = pyplot.subplots(1, len(drawn), figsize=(11, 0.9 + 0.42 * most), squeeze=False)
     for axis, (what, rows) in zip(axes[0], drawn.items(), strict=True):
         for place, (name, record) in enumerate(rows):
-            axis.barh(place, record.value, height=0.6, color=COLOURS[5 if record is rows[0][1] else 0])
+            axis.barh(
+                place,
+                record.value,
+                height=0.6,
+                color=COLOURS[5 if record is rows[0][1] or record.settings.get("peer") else 0],
+            )
             axis.plot([record.p10, record.p90], [place, place], color=INK, lw=1.2)
             if record.share_of_limit is not None:
                 limit = record.value * record.share_of_limit
@@ -123,7 +129,7 @@ def draw_times(times: Mapping[str, Sequence[tuple[str, Record]]], title: str, pa
             axis.text(
                 max(record.value, record.p90),
                 place,
-                f"  {name}  {record.value:.3g}",
+                f"  {name}  {short(record.value)}",
                 va="center",
                 fontsize=8.5,
                 color=INK,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
+
+from qpass.measure.record import Record
 
 KINDS = {
     "linear": ("qpass::packed_linear", "aten::linear", "aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
@@ -47,6 +49,11 @@ class Profile:
 
     def part(self, name: str) -> Part:
         return next((part for part in self.parts if part.name == name), Part(name, 0.0, 0.0))
+
+    def record(self, settings: Mapping[str, Any]) -> Record:
+        """The step's time as a Record, its parts and linears in the settings."""
+        parts = {"parts": [asdict(part) for part in self.parts], "linears": [asdict(part) for part in self.linears]}
+        return Record.of("profile", [self.step_ms], "ms", {**settings, **parts})
 
     @property
     def outside_linears(self) -> float:

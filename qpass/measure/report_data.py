@@ -146,8 +146,8 @@ def linears(records: Iterable[Record]) -> dict[tuple[str, int, int], dict[str, l
 
 
 def linear_shares(record: Record) -> tuple[float, float]:
-    """Of the read bandwidth, and of the peak of the dot products that the scheme uses (bf16's for anything not a8)."""
+    """Of the read bandwidth, and of the peak of the dot products that the candidate uses."""
     s, seconds, rates = record.settings, record.value / 1e3, record.settings["rates"]
-    kind = "int8" if "a8-" in s["name"] else "bf16"
+    kind = "int8" if "a8-" in s["name"] or s["name"] == "int8-onednn" else "bf16"
     peak = max(rates[f"{kind}_macs"], rates[f"{kind}_tile_macs"])
     return s["weight_bytes"] / seconds / rates["read_bytes"], s["m"] * s["n"] * s["k"] / seconds / peak

@@ -36,8 +36,11 @@ LINEAR_COLUMNS = {
 LINEAR_SHAPE = 8960, 1536  # N, K: the up projection of a 1.5B model
 LINEAR_TOKENS = 1, 4, 8, 16, 128, 512
 
-Key = tuple[tuple[str, int], str, str]
-"""(model, prompt's tokens), variant, what. Memory and compile time know no prompt: they go with the shortest."""
+BASELINE = "stock"
+ALIASES = {"inductor": BASELINE}  # as older records call it
+
+Key = tuple[tuple[str, int, int], str, str]
+"""(model, prompt's tokens, batch), variant, what. Memory and compile time know no prompt: they go with the shortest."""
 
 
 def latest(records: Iterable[Record]) -> dict[Key, Record]:
@@ -52,20 +55,21 @@ def latest(records: Iterable[Record]) -> dict[Key, Record]:
     for r in kept:
         model = r.settings.get("model", "")
         tokens = r.settings.get("prompt", shortest.get(model, 0))
-        found[(model, tokens), r.settings.get("variant", ""), r.what] = r
+        variant = r.settings.get("variant", "")
+        found[(model, tokens, r.settings.get("batch", 1)), ALIASES.get(variant, variant), r.what] = r
     return found
 
 
-def markdown(records: Iterable[Record], baseline: str = "inductor") -> str:
-    """One table a model and prompt: a row a variant; times relative to the baseline's in parentheses."""
+def markdown(records: Iterable[Record], baseline: str = BASELINE) -> str:
+    """One table a model, prompt and batch: a row a variant; times relative to the baseline's in parentheses."""
     found = latest(records)
     parts = []
-    for model, tokens in dict.fromkeys(key[0] for key in found):
-        mine = {key[1:]: record for key, record in found.items() if key[0] == (model, tokens)}
+    for case in dict.fromkeys(key[0] for key in found):
+        mine = {key[1:]: record for key, record in found.items() if key[0] == case}
         columns = {what: title for what, title in COLUMNS.items() if any(key[1] == what for key in mine)}
-        parts.append(_heading(model, list(mine.values())))
+        parts.append(_heading(case[0], list(mine.values())))
         parts.append("| variant | " + " | ".join(columns.values()) + " |\n|---|" + "---:|" * len(columns))
-        for variant in dict.fromkeys(key[0] for key in mine):
+        for variant in sorted(dict.fromkeys(key[0] for key in mine), key=lambda name: name != baseline):
             cells = [_cell(mine.get((variant, what)), mine.get((baseline, what)), what) for what in columns]
             parts.append(
                 f"| {'bf16, stock Inductor' if variant == baseline else f'`{variant}`'} | " + " | ".join(cells) + " |"
@@ -78,7 +82,7 @@ def _heading(model: str, records: list[Record]) -> str:
     speed = next(r for r in records if r.what == "tpot")
     s = speed.settings
     return (
-        f"{model}, {s['prompt']}-token prompt, {s['new']} new tokens, batch 1, greedy, {s['threads']} threads, "
+        f"{model}, {s['prompt']}-token prompt, {s['new']} new tokens, batch {s.get('batch', 1)}, greedy, {s['threads']} threads, "
         f"{speed.machine.cpu} ({speed.machine.tier}), {s['bandwidth_gbps']} GB/s read, torch {speed.machine.torch}, "
         f"commit {speed.commit}, n = {speed.n} in turns; in parentheses the speed-up over the first row, in brackets "
         "the share of what the memory bandwidth allows:\n"

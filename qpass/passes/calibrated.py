@@ -12,8 +12,8 @@ from qpass.algorithms.smoothing import Smoothed, smooth
 from qpass.errors import OptionError
 from qpass.scheme import Scheme
 
-STATIC_ERROR = 0.01
-"""A static scale is given up where it costs a layer's output more than this share of its energy, and a scale a token less."""
+STATIC_ERROR = 0.0018
+"""A static scale is given up where it costs more than this share of a layer's output (squared), and a scale a token half of it."""
 
 BEARABLE = Scheme.parse("w8a8-dynamic")
 """What a layer gets that can't bear a static scale, unless its weights have another format."""
@@ -85,14 +85,15 @@ class Calibrated:
                 )
         found = smooth(observer, weights, schemes, alpha, given=divisor)
         static = [scheme for scheme in schemes if scheme.activation == "a8-static"]
-        if not static or found.error.worst <= STATIC_ERROR:
+        cost = found.error.of(True)
+        if not static or cost <= STATIC_ERROR:
             return Decision(found, schemes)
         others = tuple(bearable(scheme) for scheme in schemes)
         better = smooth(observer, weights, others, alpha, given=divisor)
-        if better.error.worst > found.error.worst / 2:
+        if better.error.of(True) > cost / 2:
             return Decision(found, schemes)
-        note = f"one static scale would cost {found.error.worst:.0%} of its output's energy, a scale a token {better.error.worst:.1%}"
-        return Decision(better, others, (f"{static[0]}: {note}",))
+        note = f"{static[0]}: one static scale would cost {cost:.1%} of its output, one a token {better.error.of(True):.2%}"
+        return Decision(better, others, (note,))
 
 
 def bearable(scheme: Scheme) -> Scheme:

@@ -85,6 +85,7 @@ class Controller:
         self._lost = 0.0  # plain steps that speculation has cost more than it gave
         self._total = 0.0  # plain steps that all rounds have taken
         self._wait, self._since_probe = WAIT, 0.0
+        self._overheard = False  # guesses were judged since the last round
         self._rate = 0.0  # tokens a ms at the best K
         self._steps = [0.0]  # the cost of draft number i together with its verification
         self._next = self.fixed or 0  # plain steps first: nothing can be judged without their time
@@ -145,6 +146,13 @@ class Controller:
         self._next = self._decide(asked, max(drafted), accepted, best)
         if self._next:
             self._k = self._next
+
+    def overhear(self, asked: int, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        """Learn from guesses that nobody verified, compared with the tokens that came: whether to switch on again."""
+        if self.on or not drafted:
+            return
+        self._learn_chances(asked, drafted, accepted, 0.9)
+        self._overheard = True
 
     def _learn_times(self, asked: int, drafted: Sequence[int], draft_ms: float, verify_ms: float) -> None:
         if len(drafted) != self._rows:  # another batch has other costs: what was learned is only a start
@@ -224,9 +232,10 @@ class Controller:
             self._switch(False)
             self._wait, self._since_probe = WAIT, 0.0
             return 0
-        probed = asked > 0 and width > 0
+        probed, overheard, self._overheard = asked > 0 and width > 0, self._overheard, False
         self._since_probe += 1
-        if probed and gain >= BETTER:
+        within = self._lost <= SHARE * self._total + PROBES
+        if (probed and gain >= BETTER) or (overheard and gain >= (BETTER if within else SURE)):
             self._switch(True)
             return best
         loss = self._costs[min(PROBE, self.most)] / max(self._plain_ms(), 1e-9) - 1

@@ -121,9 +121,8 @@ class FirstOf:
         return self.answer(Request(rows, k))
 
     def answer(self, request: Request) -> Proposal:
-        if not request.sampling.greedy:
-            raise OptionError("several drafts together propose for greedy decoding only; give one draft to sample")
         found: list[list[int]] = [[] for _ in request.rows]
+        drawn: dict[int, Tensor] = {}  # rows whose tokens were drawn: from these, [K, V]
         sure: list[tuple[float, ...]] = [() for _ in request.rows]
         by = [""] * len(found)
         for draft in self.drafts:
@@ -135,7 +134,23 @@ class FirstOf:
                     found[b] = list(itertools.takewhile(lambda token: token != NONE, row))
                     sure[b] = proposal.confidences[b] if proposal.confidences else ()
                     by[b] = label(draft)
-        return Proposal(padded(found, NONE), None, tuple(sure) if any(sure) else None, tuple(by))
+                    if found[b] and proposal.probs is not None:
+                        drawn[b] = proposal.probs[b, : len(found[b])]
+        tokens = padded(found, NONE)
+        return Proposal(tokens, _mixed(tokens, drawn), tuple(sure) if any(sure) else None, tuple(by))
+
+
+def _mixed(tokens: Tensor, drawn: dict[int, Tensor]) -> Tensor | None:
+    """What each row's tokens [B, K] were drawn from, fp32 [B, K, V]; a row that isn't in ``drawn`` was certain of its own."""
+    if not drawn:
+        return None
+    one = next(iter(drawn.values()))
+    probs = one.new_zeros(*tokens.shape, one.shape[-1])
+    certain = tokens != NONE
+    probs.scatter_(-1, tokens.clamp_min(0)[..., None], certain[..., None].to(probs.dtype))
+    for b, row in drawn.items():
+        probs[b, : len(row)] = row
+    return probs
 
 
 def label(draft: Any) -> str:

@@ -21,6 +21,7 @@ class NgramDraft:
     """
 
     label = "n-gram"
+    free = True  # a lookup takes microseconds
 
     def __init__(self, longest: int = 4, shortest: int = 1) -> None:
         if not 1 <= shortest <= longest:

@@ -21,6 +21,7 @@ from qpass.runtime.decoder import Decoder, left_padding
 from qpass.runtime.draft import NONE, Proposal, Request, ask, begin, label, padded, prompt, read
 from qpass.runtime.kv import KVCache
 from qpass.runtime.sampling import Sampling, block_probabilities, block_processed
+from qpass.runtime.shadow import GUESS, Shadow
 from qpass.runtime.stats import Stats
 from qpass.runtime.verify import MOST, likeliest
 
@@ -105,7 +106,7 @@ class Speculator:
             self._busy = False
 
     def _rounds(self, target: Checker, ends: Ends) -> Iterator[list[list[int]]]:
-        rows, controller = target.rows, self._controller
+        rows, controller, shadow = target.rows, self._controller, Shadow(self.draft)
         controller.renew()
         stats = self.stats = Stats(controller.history, controller.switches)
         if self.draft is not None:
@@ -123,6 +124,10 @@ class Speculator:
         while any(ends.running):
             started = time.perf_counter()
             k = max(0, min(controller.choose(), ends.left(rows) - 1, target.room()))
+            if controller.on:
+                shadow.forget()
+            else:
+                shadow.guess(rows, ends.running)
             proposal = self._propose(target, k, ends.running, controller)
             drafted = time.perf_counter()
             tokens, counts = target.check(proposal)
@@ -132,6 +137,7 @@ class Speculator:
             new = ends.append(rows, [row[:n] for row, n in zip(tokens, counts, strict=True)])
             rejected = [row[n - 1 :] for row, n in zip(guesses, counts, strict=True)]
             stats.emitted(new, [n - 1 for n in counts], rejected, proposal.by or [label(self.draft)] * len(rows))
+            controller.overhear(GUESS, *shadow.settled(rows))
             controller.observe(
                 k,
                 [len(guesses[b]) for b in alive],

@@ -1,5 +1,6 @@
 """calibrate: what linears read, bounded and resumable; the file of statistics; what comes of both in a compiled model."""
 
+import copy
 import json
 
 import pytest
@@ -14,7 +15,9 @@ from qpass.errors import CheckpointError, OptionError, QpassError, UnsupportedEr
 from qpass.frontends.calibrate import calibrate
 from qpass.frontends.instrument import instrument
 from qpass.frontends.options import Options
+from qpass.frontends.simulate import Simulation, divergence
 from qpass.frontends.statistics import Statistics
+from qpass.scheme import Scheme
 from tests.support.capture import Body
 from tests.support.tiny_models import VOCABULARY, build
 
@@ -241,3 +244,33 @@ def test_static_end_to_end_on_the_reference_lowering(llama, stats, tmp_path):
     assert {record.scheme for record in explanation.records} == {"w8a8-static"}
     assert any("smoothed" in record.fused for record in explanation.records)
     assert explanation.graphs[0].counts["fold_smoothing"] >= 1
+
+
+def test_planted_outliers_are_what_smoothing_is_for(llama):
+    """A few channels of each norm's output fifty times larger, their columns as much smaller: the same function."""
+    model = copy.deepcopy(llama)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for norm, readers in (
+                (layer.input_layernorm, [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
+                (layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj]),
+            ):
+                norm.weight[[3, 40]] *= 50
+                for reader in readers:
+                    reader.weight[:, [3, 40]] /= 50
+    batches = ids()
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+    planted = calibrate(model, batches)
+
+    def kl(model, scheme, calibrated=None):
+        simulation = Simulation(model, calibrated)
+        reference = simulation(batches[0]).logits
+        simulation.schemes = dict.fromkeys(names, Scheme.parse(scheme))
+        return divergence(reference, simulation(batches[0]).logits)
+
+    clean, plain = kl(llama, "w8a8-dynamic"), kl(model, "w8a8-dynamic")
+    assert plain > 5 * clean
+    for alpha in ("auto", 0.5):
+        assert kl(model, "w8a8-dynamic", planted.calibrated(alpha)) < 2 * clean
+    assert kl(model, "w8a8-static", planted.calibrated("auto")) < plain
+    assert kl(model, "w8a8-outlier", planted.calibrated(None)) < 2 * clean

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -161,6 +162,22 @@ def test_wrong_wishes(checkpoint: Path, artefact: Path) -> None:
         AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=qpass.QPassConfig(exclude="nothing.*"))
     with pytest.raises(OptionError, match="quantized already"):
         qpass.load(artefact, scheme="w4a16")
+
+
+def test_weights_that_are_nan(checkpoint: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.get_parameter(f"{GATE}.weight").data[3, 5] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{GATE}.weight: the weight holds NaN or infinity"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=qpass.QPassConfig("w4a16-g32"))
+
+
+def test_a_state_dict_names_and_cannot_be_written(quantized: Any, tmp_path: Path) -> None:
+    state = quantized.state_dict()
+    assert state[f"{GATE}.weight"].shape == (96, 64)
+    for write in (lambda: torch.save(state, tmp_path / "x"), lambda: save_file(state, tmp_path / "x")):
+        with pytest.raises(ReleasedWeightError, match=r"is not there"):
+            write()
 
 
 def damaged(artefact: Path, folder: Path, change: Any) -> Path:

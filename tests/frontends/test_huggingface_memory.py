@@ -16,7 +16,7 @@ LAYERS, HIDDEN, INNER, VOCABULARY = 12, 1024, 3072, 2048
 CHILD = """
 import sys, torch, qpass
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from qpass.frontends.huggingface import state_of
+from qpass.frontends.coded import state_of
 from qpass.measure.memory import peak_bytes, reset_peak, resident_bytes
 
 torch.set_num_threads(1)
@@ -84,7 +84,6 @@ def test_the_peak_is_the_quantized_size_and_a_tensor(tmp_path: Path) -> None:
     assert child.returncode == 0, child.stderr
     peak, after, size = map(int, child.stdout.split())
     assert 80e6 < size < 100e6  # a quarter of 330 MB, the embedding, and scales
-    print(peak, after, size)
     assert peak <= 1.2 * size + largest, (
         f"{peak / 1e6:.0f} MB, quantized {size / 1e6:.0f} MB, a tensor {largest / 1e6:.0f} MB"
     )

@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -48,7 +49,7 @@ def check(model: Any, source: Path, values: dict[str, Tensor]) -> None:
     assert float((out - expected).norm() / expected.norm()) < 0.05
 
 
-def eight_or_four(module: str) -> Format:
+def of_their_own(module: str) -> Format:
     return Format(4, 64 if "v_proj" in module else 32)
 
 
@@ -66,30 +67,35 @@ def test_a_gptq_checkpoint_with_act_order(checkpoint: Path, gptq: tuple[Path, di
     assert given_of(model.model.layers[0].mlp.up_proj.weight).order is not None
 
 
-def test_an_awq_checkpoint_and_what_merges(checkpoint: Path, tmp_path: Path) -> None:
-    values = writers.convert(checkpoint, tmp_path / "m", writers.awq, AWQ, format_of=lambda module: Format(4, 32))
-    model = qpass.load(tmp_path / "m")
-    check(model, checkpoint, values)
-
-
-def test_siblings_of_differing_groups(checkpoint: Path, tmp_path: Path) -> None:
-    """A value projection with groups of its own: q and k merge, v stays alone, and all three keep their codes."""
-    config = GPTQ | {"desc_act": False, "dynamic": {r"+:.*v_proj": {"group_size": 64}}}
-    values = writers.convert(checkpoint, tmp_path / "m", writers.gptq, config, format_of=eight_or_four)
-    model = qpass.load(tmp_path / "m", dtype=torch.float32)
-    attention = model.model.layers[0].self_attn
+@pytest.mark.parametrize(
+    ("format_of", "widths"),
+    [(lambda module: Format(4, 32), [3]), (of_their_own, [1, 2])],
+    ids=["one group", "a value projection with groups of its own"],
+)
+def test_an_awq_checkpoint_and_what_merges(checkpoint: Path, tmp_path: Path, format_of: Any, widths: list[int]) -> None:
+    """q, k and v merge where their groups are alike, and all keep their codes."""
+    values = writers.convert(checkpoint, tmp_path / "m", writers.awq, AWQ, format_of=format_of)
+    check(qpass.load(tmp_path / "m"), checkpoint, values)
+    attention = qpass.load(tmp_path / "m", dtype=torch.float32).model.layers[0].self_attn
 
     def project(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
 
-    done = rewrite(project, (torch.randn(3, 64),), PIPELINE[: PIPELINE.index(_pass("quantize_linears")) + 1])
-    assert done.counts["merge_siblings"] == 1
+    x = torch.randn(3, 64)
+    done = rewrite(project, (x,), PIPELINE[: PIPELINE.index(_pass("quantize_linears")) + 1])
     linears = done.nodes(torch.ops.qpass.quantized_linear.default)
-    assert sorted(len(node.meta["qpass_names"]) for node in linears) == [1, 2]
-    x = done.capture.inputs[0] if done.capture.inputs[0].shape == (3, 64) else None
-    x = next(v for v in done.capture.inputs if isinstance(v, Tensor) and v.shape == (3, 64)) if x is None else x
+    assert sorted(len(node.meta["qpass_names"]) for node in linears) == widths
     for out, name in zip(done.outputs(), ("q_proj", "k_proj", "v_proj"), strict=True):
         torch.testing.assert_close(out, x @ values[f"model.layers.0.self_attn.{name}"].t(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_gptq_checkpoint_whose_modules_differ(checkpoint: Path, tmp_path: Path) -> None:
+    config = GPTQ | {"desc_act": False, "dynamic": {r"+:.*v_proj": {"group_size": 64}, r"+:.*up_proj": {"bits": 8}}}
+    values = writers.convert(
+        checkpoint, tmp_path / "m", writers.gptq, config,
+        format_of=lambda module: Format(8, 32) if "up_proj" in module else of_their_own(module),
+    )  # fmt: skip
+    check(qpass.load(tmp_path / "m"), checkpoint, values)
 
 
 def _pass(name: str) -> Any:
@@ -225,9 +231,41 @@ def test_the_commands_take_a_foreign_folder(gptq: tuple[Path, dict[str, Tensor]]
 def test_a_config_that_lies(
     gptq: tuple[Path, dict[str, Tensor]], tmp_path: Path, config: dict[str, Any], message: str
 ) -> None:
-    for path in gptq[0].iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    whole = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": config}
-    (tmp_path / "config.json").write_text(json.dumps(whole))
     with pytest.raises(CheckpointError, match=message):
-        qpass.load(tmp_path)
+        qpass.load(tampered(gptq[0], tmp_path / "m", {"quantization_config": config}))
+
+
+def tampered(source: Path, target: Path, config: dict[str, Any], without: str | None = None) -> Path:
+    target.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    whole = json.loads((target / "config.json").read_text()) | config
+    (target / "config.json").write_text(json.dumps(whole))
+    if without is not None:
+        tensors = load_file(target / "model.safetensors")
+        save_file({name: t for name, t in tensors.items() if not name.endswith(without)}, target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize(
+    ("config", "without", "message"),
+    [
+        ({"vocab_size": 10**9}, None, r"weight: has shape \[258, 64\], where the model has \[10{9}, 64\]"),
+        ({"num_hidden_layers": 3}, None, r"model.layers.2.input_layernorm.weight: is missing, with 8 others"),
+        ({"num_hidden_layers": 1}, None, r"model.layers.1.mlp.down_proj: is no linear layer of LlamaForCausalLM"),
+        ({"intermediate_size": 128}, None, r"down_proj.qweight: has 12 words for 128 inputs"),
+        ({}, "layers.1.mlp.up_proj.qweight", r"model.layers.1.mlp.up_proj.weight: is missing"),
+        ({}, "layers.1.mlp.up_proj.scales", r"model.layers.1.mlp.up_proj.scales: is missing"),
+        ({}, "norm.weight", r"model.layers.0.input_layernorm.weight: is missing"),
+        (
+            {"model_type": "own", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}, None,
+            r"config.json: auto_map: asks to run code of the checkpoint, which qpass never does",
+        ),
+        ({"model_type": "no such thing"}, None, r"could not be loaded"),
+    ],
+)  # fmt: skip
+def test_a_model_that_the_files_do_not_fit(
+    gptq: tuple[Path, dict[str, Tensor]], tmp_path: Path, config: dict[str, Any], without: str | None, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        qpass.load(tampered(gptq[0], tmp_path / "m", config, without))

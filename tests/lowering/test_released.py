@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qpass.errors import ReleasedWeightError
-from qpass.lowering.released import release, released_name
+from qpass.lowering.released import release, released_name, without_values
 from qpass.measure.memory import resident_bytes
 
 MEGABYTES = 64
@@ -54,3 +54,12 @@ def test_what_may_be_asked(tmp_path: pathlib.Path) -> None:
     ):
         with pytest.raises(ReleasedWeightError, match=r"c\.weight"):
             use()
+
+
+def test_who_gets_past_the_class_reads_nan() -> None:
+    parameter = without_values((3000, 1000), torch.bfloat16, "d.weight")  # several runs of the mapping
+    with torch._C.DisableTorchFunctionSubclass():
+        assert bool(parameter.isnan().all())
+        assert parameter.sum().isnan()
+    with pytest.raises(ReleasedWeightError, match=r"d\.weight"):
+        parameter.sum()

@@ -47,6 +47,16 @@ def test_a_table_for_each_prompt() -> None:
     assert "| `w8a16` | 40 |" in text
 
 
+def test_a_table_for_each_batch_and_the_baseline_by_either_name() -> None:
+    four = replace(record("tpot", "w8a16", 40.0), settings={**record("", "w8a16", 0).settings, "batch": 4})
+    text = table.markdown(
+        [record("tpot", "w8a16", 20.0), record("tpot", "inductor", 90.0), record("tpot", "stock", 80.0), four]
+    )
+    assert "batch 4, greedy" in text
+    assert "| bf16, stock Inductor | 80 |\n| `w8a16` | 20 (4.00x) |" in text
+    assert "| `w8a16` | 40 |" in text
+
+
 def linear(name: str, m: int, ms: float, n: int = 8960) -> Record:
     return replace(record("linear", "", ms), settings={"name": name, "n": n, "k": 1536, "m": m})
 

@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from qpass.runtime.shadow import GUESS
+
 
 @dataclass
 class World:
@@ -26,6 +28,7 @@ class World:
     outliers: int = 0
     rows: int = 1
     seed: int = 0
+    free: bool = False  # the draft is judged while it is switched off, too
     adaptive: bool = False  # the draft knows its chances, and asks the controller before each further token
     log: list[int] = field(default_factory=list)
 
@@ -33,6 +36,7 @@ class World:
         """The true ms, without noise, until every row has ``tokens`` tokens."""
         chance = random.Random(self.seed)
         rows, spent, first = [0] * self.rows, 0.0, self.first_ms
+        guess: tuple[int, int, int] | None = None  # the token that settles it, its length, what of it is right
         while rows:
             k = controller.choose()
             self.log.append(k)
@@ -57,6 +61,13 @@ class World:
             verify = self.plain_ms * (self.verify(max(drafted)) if max(drafted) else 1.0)
             first = 0.0 if k else first
             spent += draft + verify
+            if self.free and not controller.on and guess is None:
+                width = GUESS if chance.random() < self.proposes(rows[0]) else 0
+                right = next((i for i in range(width) if chance.random() >= self.accepts(rows[0] + i, i + 1)), width)
+                guess = (rows[0] + max(1, min(right + 1, width)), width, right)
+            if guess is not None and rows[0] + 1 >= guess[0]:
+                controller.overhear(GUESS, [guess[1]], [guess[2]])
+                guess = None
             controller.observe(
                 k,
                 drafted,

@@ -270,7 +270,14 @@ def test_penalties_and_processors_are_seen_position_by_position(decoder):
         assert Speculator(decoder, draft, k=5).generate(ids, max_new_tokens=NEW, sampling=how).new_tokens[0] == wanted
 
 
-@pytest.mark.parametrize("kind", ["drawn", "certain", "model", "layers"])
+class EveryOther:
+    """Has a guess for every other row of a batch, shorter than asked for and certain of it."""
+
+    def propose(self, rows, k):
+        return [[(sum(row) * 7) % 90 + 3][:k] if index % 2 else [] for index, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("kind", ["drawn", "certain", "model", "layers", "in turn"])
 def test_sampled_tokens_have_the_targets_distribution(decoder, kind):
     """The first two tokens behind a prompt, drawn 4000 times in one batch, against the product of the target's own
     distributions: a chi-square test at 1e-4 over the pairs that are expected at least five times, and the rest."""
@@ -281,6 +288,7 @@ def test_sampled_tokens_have_the_targets_distribution(decoder, kind):
         "certain": lambda: Random(tiny_decoders.VOCAB),
         "model": lambda: ModelDraft(Decoder(tiny_decoders.build("llama"))),
         "layers": lambda: LayersDraft(Decoder(first_layers(decoder.model, 1))),
+        "in turn": lambda: FirstOf(EveryOther(), ModelDraft(Decoder(tiny_decoders.build("llama")))),
     }[kind]()
     from qpass.runtime.sampling import probabilities
 
@@ -325,7 +333,7 @@ def test_sampled_tokens_have_the_targets_distribution(decoder, kind):
     degrees = len(often) - (rest < 5)
     tail = torch.special.gammaincc(torch.tensor(degrees / 2), torch.tensor(chi / 2))  # of chi-square
     assert tail > 1e-4, (chi, degrees)
-    if kind in ("drawn", "model"):  # one layer of random weights has another six tokens than two
+    if kind in ("drawn", "model", "in turn"):  # one layer of random weights has another six tokens than two
         assert speculator.stats.acceptance > 0
 
 

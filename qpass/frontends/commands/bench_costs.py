@@ -44,13 +44,14 @@ def measure_costs(model: str, variant: str, *, prompt: int) -> Iterator[Any]:
 def once(model: str, variant: str, prompt: int) -> dict[str, float]:
     """This process' own: seconds of ``load`` and ``compile``; MB held at most in each stage, and in the end."""
     from qpass.frontends.commands import session
+    from qpass.frontends.commands.bench_variants import STOCK
 
     session.prepare()
+    session.check(model, "w16a16" if variant == STOCK else variant)
     from functools import partial
 
     import torch
 
-    from qpass.frontends.commands.bench_variants import STOCK
     from qpass.frontends.hf import load
     from qpass.measure import memory
     from qpass.runtime.decoder import Decoder
@@ -67,7 +68,11 @@ def once(model: str, variant: str, prompt: int) -> dict[str, float]:
     loaded = load(model)
     found["load"] = time.perf_counter() - started
     stage("load")
-    compile = session.baseline() if variant == STOCK else session.compiler(variant, (), None, release_weights=True)
+    compile = (
+        session.baseline(loaded.model)
+        if variant == STOCK
+        else session.compiler(variant, (), None, release_weights=True)
+    )
     decoder = Decoder(loaded.model, partial(compile))
     found["compile"] = decoder.warm_up()
     stage("compile")

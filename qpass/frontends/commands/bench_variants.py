@@ -61,7 +61,7 @@ def _of_scheme(loaded: Any, scheme: str, batch: int, draft: Draft | None) -> lis
     from qpass.runtime.speculate import Speculator
 
     if scheme == STOCK:
-        decoder = Decoder(loaded.model, session.baseline())
+        decoder = Decoder(loaded.model, session.baseline(loaded.model))
         decoder.warm_up(batch)
         plain = Contender(scheme, partial(_generate, Speculator(decoder), None), work_of(loaded, decoder, scheme))
         return [Run(scheme, plain, decoder, decoder.warm_up)]

@@ -40,7 +40,7 @@ def demo(*, prompt: str = PROMPT, max_new_tokens: int = NEW_TOKENS) -> None:
     from qpass.runtime.speculate import Speculator
 
     console = Console(highlight=False)
-    loaded = load(demo_model_path())
+    loaded = load(demo_model_path(), codes=False)
     input_ids = encode(loaded.tokenizer, prompt, None)
     console.print(f"[bold]SmolLM2-135M-Instruct[/bold]: {prompt}")
     console.print(

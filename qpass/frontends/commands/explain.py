@@ -23,6 +23,7 @@ def explain(
 ) -> None:
     """The table goes to stdout. Raises QpassError."""
     session.check(model, scheme)
+    asked = session.chosen(scheme, stats, alpha, recipe)
     import torch
 
     import qpass
@@ -33,11 +34,11 @@ def explain(
 
     loaded = load(model)
     compile = session.compiler(
-        None if recipe is not None else scheme,
+        asked.pop("scheme"),
         exclude,
         lowering,
         release_weights=False,
-        **session.calibration(stats, alpha, recipe),
+        **asked,
     )
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     whole = compile(loaded.model)  # checks the patterns against the modules

@@ -21,7 +21,7 @@ def profile(
     output: Path | None,
     kv: str | None = None,
 ) -> None:
-    """The table goes to stdout, the picture to ``output``. Raises QpassError."""
+    """The table goes to stdout, the picture (or a Record, .jsonl) to ``output``. Raises QpassError."""
     session.check(model, scheme)
     import torch
 
@@ -30,9 +30,10 @@ def profile(
     from qpass.measure import pictures
     from qpass.measure.bandwidth import measure_bandwidth_gbps
     from qpass.measure.profile import named_kernels, profile_steps
+    from qpass.measure.record import append
 
-    if output is not None and output.suffix not in (".png", ".svg", ".pdf"):
-        raise OptionError(f"--output {output}: accepted are .png, .svg and .pdf")
+    if output is not None and output.suffix not in (".png", ".svg", ".pdf", ".jsonl"):
+        raise OptionError(f"--output {output}: accepted are .png, .svg and .pdf, and .jsonl for a record")
     loaded = load(model)
     steps, warm_up = 16, 4
     compile = session.compiler(scheme, exclude, lowering, release_weights=True)
@@ -84,7 +85,11 @@ def profile(
         f"outside of the linears: {found.outside_linears:.1%}; the memory reads {bandwidth:.1f} GB/s",
         markup=False,
     )
-    if output is not None:
+    if output is not None and output.suffix == ".jsonl":
+        about = {"model": Path(model).name, "scheme": scheme, "context": context, "threads": torch.get_num_threads()}
+        append(output, [found.record(about | {"bandwidth_gbps": round(bandwidth, 1)})])
+        console.print(f"record: {output}", markup=False)
+    elif output is not None:
         pictures.draw_profile(
             found,
             f"{Path(model).name}, {scheme}: one token at a context of {context} takes {found.step_ms:.1f} ms",

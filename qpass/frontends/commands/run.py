@@ -46,6 +46,7 @@ def run(
     if trace is not None and (trace.suffix != ".html" or not trace.parent.is_dir()):
         raise OptionError(f"--trace {trace}: accepted is a file .html in a folder that exists")
     session.check(model, scheme)
+    asked = session.chosen(scheme, stats, alpha, recipe)
     import torch
 
     from qpass.frontends.hf import load
@@ -60,11 +61,11 @@ def run(
     input_ids = encode(loaded.tokenizer, prompt, chat)
     loaded_bytes = memory.resident_bytes()
     compile = session.compiler(
-        None if recipe is not None else scheme,
+        asked.pop("scheme"),
         exclude,
         lowering,
         release_weights=not keep_weights,
-        **session.calibration(stats, alpha, recipe),
+        **asked,
     )
     whole = compile(loaded.model)  # costs nothing before its first call, but checks the patterns against the modules
     try:

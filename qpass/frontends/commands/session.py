@@ -47,6 +47,15 @@ def check(model: str, scheme: str) -> None:
     locate(model)
 
 
+def chosen(scheme: str, stats: Path | None, alpha: str, recipe: Path | None) -> dict[str, Any]:
+    """``--scheme``, ``--stats``, ``--alpha`` and ``--recipe`` as ``qpass.compile`` takes them, the files read. Raises QpassError."""
+    from qpass.frontends.options import Options
+
+    arguments = {"scheme": None if recipe is not None else scheme, **calibration(stats, alpha, recipe)}
+    Options.make(**arguments)
+    return arguments
+
+
 def calibration(stats: Path | None, alpha: str, recipe: Path | None) -> dict[str, Any]:
     """``--stats``, ``--alpha`` and ``--recipe`` as ``qpass.compile`` takes them. Raises OptionError."""
     value: Any = None if alpha == "none" else alpha
@@ -90,9 +99,18 @@ def compiler(
     )
 
 
-def baseline() -> Callable[..., Any]:
-    """Stock Inductor, for comparison: the same steps, the same cache, bf16 weights."""
+def baseline(model: Any = None) -> Callable[..., Any]:
+    """Stock Inductor, for comparison: the same steps, the same cache, bf16 weights.
+
+    Raises UnsupportedError for a ``model`` that was loaded as codes.
+    """
     import torch
+
+    from qpass.lowering.released import released_name
+
+    name = next((n for p in model.parameters() if (n := released_name(p))), None) if model is not None else None
+    if name is not None:
+        raise UnsupportedError(f"stock Inductor needs weights in full precision, and {name} was loaded as codes")
 
     return functools.partial(torch.compile, backend="inductor", fullgraph=True, dynamic=False)
 

@@ -1,0 +1,53 @@
+"""OpenVINO GenAI, exported by optimum-intel with nncf's data-free weight compression. Variants: int4 (groups of 128), int8, bf16."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import openvino
+import openvino_genai
+from plain_folder import plain_folder
+from serve import arguments, serve
+
+folder, variant, threads, work = arguments()
+FORMATS = {
+    "int4": ["--weight-format", "int4", "--group-size", "128", "--ratio", "1.0"],
+    "int8": ["--weight-format", "int8"],
+    "bf16": ["--weight-format", "bf16"],
+}
+exported = Path(work) / f"{Path(folder).name}-openvino-{variant}"
+if not (exported / "done").exists():
+    command = [str(Path(sys.executable).parent / "optimum-cli"), "export", "openvino", "-m", plain_folder(folder, work)]
+    command += ["--task", "text-generation-with-past", *FORMATS[variant], str(exported)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    (exported / "done").touch()
+pipe = openvino_genai.LLMPipeline(str(exported), "CPU", INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT="LATENCY")
+
+
+class Stream(openvino_genai.StreamerBase):
+    def __init__(self, on_token) -> None:
+        super().__init__()
+        self.on_token = on_token
+
+    def write(self, tokens):
+        for token in tokens if isinstance(tokens, (list, tuple)) else [tokens]:
+            self.on_token(token)
+        return openvino_genai.StreamingStatus.RUNNING
+
+    def end(self) -> None:
+        pass
+
+
+def generate(prompt: list[int], new: int, on_token) -> None:
+    config = openvino_genai.GenerationConfig(
+        max_new_tokens=new, ignore_eos=True, do_sample=False, apply_chat_template=False
+    )
+    ids = numpy.array([prompt], dtype=numpy.int64)
+    inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(numpy.ones_like(ids)))
+    pipe.generate(inputs, config, Stream(on_token))
+
+
+serve(generate, version=f"openvino-genai {openvino_genai.__version__}")

@@ -1,0 +1,204 @@
+"""Peers and ours side by side: same prompt ids, same number of greedy tokens, same threads, same clock, in turns.
+
+    python benchmarks/peers/run.py MODEL [--prompt-len 128,1024] [--new 64] [--rounds 5] [--ours stock,w8a16,w4a8-g128]
+                                   [--peers torch:inductor,llama:Q4_0,...] [-o benchmarks/results/NAME.jsonl]
+
+Every variant is a process of its own that keeps its model; all but the one whose turn it is are stopped, so that no
+thread of theirs spins. What can't be installed, loaded or run becomes a row that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from install import PEERS, folder, why_not
+
+from qpass.cpu import detect
+from qpass.frontends.commands.bench import prompt_ids
+from qpass.frontends.hf import Loaded
+from qpass.measure.bench import Contender, Outcome, measure_case
+from qpass.measure.bench_table import table
+from qpass.measure.record import Record, append
+
+HERE = Path(__file__).parent
+LOADING_S, ANSWER_S = 1800, 600
+
+
+class Refused(RuntimeError):
+    """A peer that does not run, with the reason."""
+
+
+class Process:
+    """One variant behind the interface of serve.py; stopped between its turns."""
+
+    def __init__(self, name: str, command: list[str], work: Path) -> None:
+        self.name, self.log = name, work / f"{name.replace(' ', '-').replace('/', '-')}.log"
+        variables = {"OMP_NUM_THREADS": command[-2], "MKL_NUM_THREADS": command[-2], "TOKENIZERS_PARALLELISM": "false"}
+        self.child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True, env=os.environ | variables,
+        )  # fmt: skip
+        self.about = self._read(LOADING_S)["ready"]
+        self.tokens: list[int] = []
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, which: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.child.pid, which)
+
+    def _read(self, seconds: float) -> dict[str, Any]:
+        assert self.child.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.child.stdout, selectors.EVENT_READ)
+            if not selector.select(seconds):
+                raise Refused(f"no answer within {seconds:.0f} s")
+        line = self.child.stdout.readline()
+        if not line:
+            last = [text for text in self.log.read_text(errors="replace").splitlines() if text.strip()]
+            raise Refused(last[-1].strip()[:300] if last else f"ended with code {self.child.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise Refused(answer["error"][:300])
+        return answer
+
+    def generate(self, ids: Any, new: int) -> Outcome:
+        """One generation of one row."""
+        assert self.child.stdin is not None
+        self._signal(signal.SIGCONT)
+        try:
+            self.child.stdin.write(json.dumps({"prompt": ids[0].tolist(), "new": new}) + "\n")
+            self.child.stdin.flush()
+            answer = self._read(ANSWER_S)
+        except BrokenPipeError:
+            raise Refused(f"ended with code {self.child.wait()}") from None
+        finally:
+            time.sleep(0.25)  # its threads spin for a while behind their work
+            self._signal(signal.SIGSTOP)
+        times, self.tokens = answer["times"], answer["tokens"]
+        if len(times) != new:
+            raise Refused(f"gave {len(times)} tokens instead of {new}")
+        return Outcome(1e3 * times[0], 1e3 * (times[-1] - times[0]) / (new - 1))
+
+    def end(self) -> None:
+        self._signal(signal.SIGCONT)
+        self.child.kill()
+        self.child.wait()
+
+
+def start(args: argparse.Namespace) -> tuple[dict[str, Process], dict[str, str]]:
+    """All variants that run, and why the others don't."""
+    work, threads = args.work, str(args.threads)
+    work.mkdir(parents=True, exist_ok=True)
+    wanted = [(name, sys.executable, "qpass_peer.py", name.replace(" + ", "+"), None) for name in args.ours]
+    for entry in args.peers or [f"{name}:{variant}" for name, peer in PEERS.items() for variant in peer.variants]:
+        name, _, variant = entry.partition(":")
+        if name not in PEERS:
+            raise SystemExit(f"{name}: accepted are {', '.join(PEERS)}")
+        python = str(args.installed / name / "bin" / "python")
+        wanted.append(
+            (f"{PEERS[name].title} {variant}", python, PEERS[name].script, variant, why_not(args.installed, name))
+        )
+    running: dict[str, Process] = {}
+    absent: dict[str, str] = {}
+    for title, python, script, variant, reason in wanted:
+        started = time.perf_counter()
+        try:
+            if reason is not None:
+                raise Refused(reason)
+            command = [python, str(HERE / script), str(Path(args.model).resolve()), variant, threads, str(work)]
+            process = Process(title, command, work)
+            process.generate(args.shortest, 2)  # what the first call still compiles
+            running[title] = process
+            print(
+                f"{title}: {process.about['version']}, ready in {time.perf_counter() - started:.0f} s", file=sys.stderr
+            )
+        except Refused as error:
+            absent[title] = str(error)
+            print(f"{title}: {error}", file=sys.stderr)
+    return running, absent
+
+
+def measure(args: argparse.Namespace, prompts: dict[int, Any]) -> list[Record]:
+    args.shortest = prompts[min(prompts)]
+    running, absent = start(args)
+    name, records = Path(args.model).name, []
+    common = {"model": name, "threads": args.threads, "run": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    for title, reason in absent.items():
+        empty = Record.of("absent", [0.0], "", common | {"variant": title, "reason": reason, "peer": True})
+        records.append(replace(empty, n=0))
+    try:
+        for length, ids in prompts.items():
+            able = dict(running)
+            for title, process in running.items():
+                try:
+                    process.generate(ids, args.new)
+                except Refused as error:
+                    print(f"{title}, prompt of {length}: {error}", file=sys.stderr)
+                    del able[title]
+            contenders = [
+                Contender(
+                    title, process.generate, None, {"version": process.about["version"], "peer": title not in args.ours}
+                )
+                for title, process in able.items()
+            ]
+            processes = [os.getpid(), *(process.child.pid for process in able.values())]
+            records += measure_case(contenders, ids, args.new, args.rounds, common, processes)
+            first = next(iter(able.values())).tokens
+            for title, process in able.items():
+                same = next(
+                    (i for i, (a, b) in enumerate(zip(first, process.tokens, strict=False)) if a != b), args.new
+                )
+                print(
+                    f"{title}: the first {same} of {args.new} tokens are those of {next(iter(able))}", file=sys.stderr
+                )
+    finally:
+        for process in running.values():
+            process.end()
+    return records
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def main() -> None:
+    from rich.console import Console
+    from transformers import AutoTokenizer
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = _names
+    parser.add_argument("model", help="a folder for transformers")
+    parser.add_argument("--ours", type=names, default=["stock", "w8a16", "w4a16-g128", "w4a8-g128"], help='"" for none')
+    parser.add_argument("--peers", type=names, default=[], help="NAME:VARIANT, ...; by default all")
+    parser.add_argument("--prompt-len", type=names, default=["128"])
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=detect().cores)
+    parser.add_argument("--installed", type=Path, default=folder(), help="where install.py put them")
+    parser.add_argument("--work", type=Path, help="converted models and logs; by default beside the peers")
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    args.work = args.work or args.installed / "work"
+    loaded = Loaded(None, AutoTokenizer.from_pretrained(args.model), args.model)  # type: ignore[arg-type]  ids only
+    prompts = {int(length): prompt_ids(loaded, None, int(length), 1) for length in args.prompt_len}
+    records = measure(args, prompts)
+    if args.output:
+        append(args.output, records)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    for each in table(records):
+        console.print(each)
+
+
+if __name__ == "__main__":
+    main()
