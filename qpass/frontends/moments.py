@@ -14,14 +14,8 @@ COLUMNS = 640
 """Columns of X^T X at a time: only what lies on and above the diagonal is computed."""
 
 
-LOUDEST = 4.0
-"""Times the median norm of a batch's rows: a row that is longer is scaled down to it. Most models' first token, and a few
-more, are hundreds of times longer than all others (2402.17762). Their errors, squared, would be all that a quantizer minds,
-though what they mean to the model ends at the next norm."""
-
-
 class Moments:
-    """Sums over the rows of one input X [rows, K], the loudest of them softened: of x x^T (fp32, its upper half) and of |x|."""
+    """Sums over the rows of one input X [rows, K]: of x x^T (fp32, its upper half) and of |x|."""
 
     def __init__(self, k: int) -> None:
         self.rows = 0
@@ -31,12 +25,6 @@ class Moments:
     def add(self, x: Tensor) -> None:
         """``x`` [..., K], any float dtype."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        if not len(x):
-            return
-        norms = x.norm(dim=1, keepdim=True)
-        most = LOUDEST * float(norms.median())
-        if 0 < most < float(norms.max()):
-            x = x * (most / norms.clamp(min=most))
         for start in range(0, x.shape[1], COLUMNS):
             stop = start + COLUMNS
             self._products[start:stop, start:].addmm_(x[:, start:stop].t(), x[:, start:])

@@ -108,15 +108,14 @@ def test_the_order_of_activations_helps_where_a_few_inputs_are_loud() -> None:
     assert losses[0] < losses[1]
 
 
-def test_a_loud_input_does_not_drown_the_others() -> None:
-    """The paper's damping, a share of the diagonal's mean, would be a hundred times the other inputs' own moments."""
+def test_a_massive_input_does_not_drown_the_others() -> None:
     weight, x, _ = _layer()
-    x[:, 7] = 3000 * torch.randn(SAMPLES, generator=torch.Generator().manual_seed(5))
+    x[:, 7] *= 3000
     format = Format(4, 32)
     others = x.clone()
     others[:, 7] = 0
     ours, plain = gptq(weight, x.t() @ x, format), rtn(weight, format)
-    assert _loss(weight, ours, x) < 0.5 * _loss(weight, plain, x)
+    assert _loss(weight, ours, x) < 0.1 * _loss(weight, plain, x)
     assert _loss(weight, ours, others) < 0.6 * _loss(weight, plain, others)
 
 
