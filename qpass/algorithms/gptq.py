@@ -25,9 +25,7 @@ from qpass.qweight import QWeight, zero_dtype
 from qpass.scheme import Format
 
 DAMPING = 0.01
-"""Added to the Hessian's diagonal, as a share of each entry. The paper adds a share of their mean (section 3.3, step 3);
-but where a few inputs are a thousand times louder than the rest (the massive activations of most models, 2402.17762), their
-mean drowns every other column, and rounding is all that is left for these."""
+"""Added to the Hessian's diagonal, as a share of its mean (section 3.3, step 3)."""
 
 BLOCK = 128
 """Columns between two products with everything before them (section 3.3, step 2: lazy batch updates)."""
@@ -54,7 +52,7 @@ def factor(hessian: Tensor, *, act_order: bool = True, damping: float = DAMPING)
 
     Inputs that never spoke (a zero diagonal) couple with nothing, so their columns are rounded to nearest: the paper's code
     zeroes them, but what is silent in a calibration need not be in use. Where the factorization fails, it is tried again with
-    ten times the damping, up to twice the diagonal. Raises ValueError for NaN, infinity, a negative diagonal or a shape that
+    ten times the damping, up to the mean itself. Raises ValueError for NaN, infinity, a negative diagonal or a shape that
     is not square.
     """
     if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1]:
@@ -65,20 +63,18 @@ def factor(hessian: Tensor, *, act_order: bool = True, damping: float = DAMPING)
     diagonal = h.diagonal()
     if not bool(torch.isfinite(h).all()) or bool((diagonal < 0).any()):
         raise ValueError("the Hessian holds NaN, infinity or a negative diagonal")
-    spoke = diagonal > 0
-    silent = damping * float(diagonal[spoke].median()) if bool(spoke.any()) else 1.0
+    mean = float(diagonal.mean()) or 1.0
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(h))
     backward = order.flip(0)  # the lower factor of the reversed matrix is the upper one of the matrix
     reversed_h = h[backward][:, backward]
-    ridge = torch.where(spoke, diagonal, silent / damping)[backward]
     while True:
         damped = reversed_h.clone()
-        damped.diagonal().add_(ridge, alpha=damping)
+        damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed) and bool(torch.isfinite(lower).all()):
             break
         if damping >= 1:
-            raise ValueError("the Hessian is not positive definite, even with its diagonal doubled")
+            raise ValueError("the Hessian is not positive definite, even with its mean added to its diagonal")
         damping = min(1.0, damping * 10)
     root = lower.flip(0, 1)
     roots = root.diagonal().clone()
