@@ -191,7 +191,7 @@ class Prepared:
     def __init__(self, model: nn.Module, config: QConfig) -> None:
         self.model, self.config = model, config
         self.batches: list[Any] = []
-        self._loaded: Any = None
+        self._statistics: Any = None  # of the batches so far, or loaded
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output; the batch is kept for :meth:`statistics`."""
@@ -203,6 +203,7 @@ class Prepared:
             args, kwargs = (), {**only, **kwargs}
         if self.config.calibrates:
             self.batches.append(kwargs if kwargs and not args else args)
+            self._statistics = None
         with torch.no_grad():
             return self.model(*args, **kwargs)
 
@@ -215,7 +216,9 @@ class Prepared:
 
         if not self.config.calibrates:
             raise UnsupportedError(f"{self.config.scheme} needs no calibration: there is nothing to save")
-        return calibrate(self.model, self.batches) if self.batches or self._loaded is None else self._loaded
+        if self._statistics is None:
+            self._statistics = calibrate(self.model, self.batches)
+        return self._statistics
 
     def save_qconf_summary(self, qconf_summary: str | Path) -> None:
         """Write a file of statistics (safetensors, whatever its name's end), for ``qconfig_summary_file``."""
@@ -224,7 +227,7 @@ class Prepared:
     def load_qconf_summary(self, qconf_summary: str | Path) -> None:
         from qpass.frontends.statistics import Statistics
 
-        self._loaded = Statistics.load(qconf_summary)
+        self._statistics = Statistics.load(qconf_summary)
 
 
 def autotune(*args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from qpass.frontends import hf, speculation
+from qpass.frontends import backend, hf, speculation
 from qpass.frontends.cli import app
 from qpass.frontends.commands import eval_tasks
 from qpass.frontends.commands.eval_asked import Asked, matches
@@ -21,6 +21,7 @@ def _qpass(*arguments):
 
 
 def test_text_quality_through_the_passes_is_kept_and_not_measured_twice(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "compile_fx", lambda gm, inputs, **options: gm.forward)  # the passes are real
     text, output = tmp_path / "text.py", tmp_path / "out.jsonl"
     text.write_text(TEXT)
     arguments = (checkpoint, "--scheme", "bf16,w2a16-g32", "--text", text, "--length", 32, "--stride", 16, "-o", output)

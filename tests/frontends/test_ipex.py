@@ -11,6 +11,7 @@ from torch import nn
 import qpass
 import qpass.ipex as ipex
 from qpass.errors import OptionError, UnsupportedError
+from qpass.frontends import backend
 from qpass.frontends import ipex as names
 from qpass.ipex.quantization import (
     WoqActQuantMode,
@@ -117,6 +118,13 @@ def test_optimize_compiles_with_the_scheme_that_the_config_says(monkeypatch):
     assert (seen["scheme"], seen["stats"], seen["alpha"]) == ("w8a8-static", "stats", 0.7)
 
 
+@pytest.fixture
+def _passes_alone(monkeypatch):
+    """The rewritten graphs run as they are: what Inductor makes of them is tested elsewhere."""
+    monkeypatch.setattr(backend, "compile_fx", lambda gm, inputs, **options: gm.forward)
+
+
+@pytest.mark.usefixtures("_passes_alone")
 def test_the_weight_only_tutorial_runs(checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["weight_only.py", str(checkpoint)])
     made = runpy.run_path(str(EXAMPLES / "weight_only.py"))
@@ -125,13 +133,16 @@ def test_the_weight_only_tutorial_runs(checkpoint, monkeypatch, capsys):
     assert schemes == {"w8a16"}
 
 
+@pytest.mark.usefixtures("_passes_alone")
 def test_the_smooth_quant_tutorial_runs(checkpoint, monkeypatch, capsys, tmp_path):
     summary = tmp_path / "summary.safetensors"
     monkeypatch.setattr(sys, "argv", ["smooth_quant.py", str(checkpoint), str(summary)])
     made = runpy.run_path(str(EXAMPLES / "smooth_quant.py"))
     assert capsys.readouterr().out.startswith("def add(a, b):")
     assert qpass.Statistics.load(summary).tokens == 4 * 64
-    assert {record.scheme for record in qpass.explain(made["model"]).records} == {"w8a8-static"}
+    schemes = {r.name: r.scheme for r in qpass.explain(made["model"]).records}
+    assert schemes.pop("lm_head") == "w8a16"  # a head has no static scale
+    assert set(schemes.values()) == {"w8a8-static"}
 
 
 def test_a_prepared_model_keeps_what_it_was_called_on(checkpoint, tmp_path):
