@@ -91,7 +91,9 @@ def machine_of(record: Record) -> str:
 def variant_of(record: Record) -> str:
     """As ``qpass bench`` names it, where a record of quality has a scheme and the statistics that smoothed it."""
     s = record.settings
-    scheme = str(s.get("scheme") or "")
+    scheme, algorithm = str(s.get("scheme") or ""), s.get("algorithm")
+    if algorithm not in (None, "none", "rtn"):
+        scheme = f"{scheme} {algorithm}"
     name = str(s.get("variant") or (f"{scheme} (smoothed)" if s.get("stats") and "a8" in scheme else scheme))
     return ALIASES.get(name, name)
 
