@@ -64,7 +64,9 @@ def test_generation_ends_where_it_is_told_to(models):
     )
     assert stopped == longer[: longer.index(longer[4:6])]
     with pytest.raises(OptionError, match="num_beams"):
-        models[1].generate_until(_asked("generate_until", [("x", {"num_beams": 4})]), disable_tqdm=True)
+        models[1].generate_until(
+            _asked("generate_until", [("x", {"num_beams": 4, "max_gen_toks": 4})]), disable_tqdm=True
+        )
 
 
 def test_a_task_runs_by_name(checkpoint, tmp_path):
