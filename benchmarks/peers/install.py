@@ -52,7 +52,7 @@ PEERS = {
         {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF -DGGML_NATIVE=ON"},  # GCC: its AMX path is off (see README.md)
     ),
     "ipex": Peer(
-        ("torch==2.8.*", "intel-extension-for-pytorch==2.8.0", "transformers<4.56", "accelerate"),
+        ("torch==2.8.*", "intel-extension-for-pytorch==2.8.0", "transformers==4.48.*", "accelerate"),
         "ipex_peer.py",
         ("bf16", "int8", "int4"),
         "IPEX",

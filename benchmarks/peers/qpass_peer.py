@@ -21,7 +21,7 @@ torch.set_num_threads(threads)
 loaded = load(folder)
 scheme, _, draft = variant.partition("+")
 if scheme == "stock":
-    decoder = Decoder(loaded.model, session.baseline())
+    decoder = Decoder(loaded.model, session.baseline(loaded.model))
     decoder.warm_up()
     speculator = Speculator(decoder)
 else:

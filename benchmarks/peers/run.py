@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,12 @@ class Process:
         self.child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True, env=os.environ | variables,
         )  # fmt: skip
-        self.about = self._read(LOADING_S)["ready"]
         self.tokens: list[int] = []
+        try:
+            self.about = self._read(LOADING_S)["ready"]
+        except BaseException:
+            self.end()
+            raise
         self._signal(signal.SIGSTOP)
 
     def _signal(self, which: int) -> None:
@@ -96,8 +101,8 @@ class Process:
         self.child.wait()
 
 
-def start(args: argparse.Namespace) -> tuple[dict[str, Process], dict[str, str]]:
-    """All variants that run, and why the others don't."""
+def start(args: argparse.Namespace, shortest: Any, running: dict[str, Process]) -> dict[str, str]:
+    """Fill ``running`` with all variants that run; why the others don't."""
     work, threads = args.work, str(args.threads)
     work.mkdir(parents=True, exist_ok=True)
     wanted = [(name, sys.executable, "qpass_peer.py", name.replace(" + ", "+"), None) for name in args.ours]
@@ -106,10 +111,8 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Process], dict[str, str]]
         if name not in PEERS:
             raise SystemExit(f"{name}: accepted are {', '.join(PEERS)}")
         python = str(args.installed / name / "bin" / "python")
-        wanted.append(
-            (f"{PEERS[name].title} {variant}", python, PEERS[name].script, variant, why_not(args.installed, name))
-        )
-    running: dict[str, Process] = {}
+        reason = why_not(args.installed, name)
+        wanted.append((f"{PEERS[name].title} {variant}", python, PEERS[name].script, variant, reason))
     absent: dict[str, str] = {}
     for title, python, script, variant, reason in wanted:
         started = time.perf_counter()
@@ -118,54 +121,52 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Process], dict[str, str]]
                 raise Refused(reason)
             command = [python, str(HERE / script), str(Path(args.model).resolve()), variant, threads, str(work)]
             process = Process(title, command, work)
-            process.generate(args.shortest, 2)  # what the first call still compiles
             running[title] = process
+            process.generate(shortest, 2)  # what the first call still compiles
             print(
                 f"{title}: {process.about['version']}, ready in {time.perf_counter() - started:.0f} s", file=sys.stderr
             )
         except Refused as error:
             absent[title] = str(error)
+            if title in running:
+                running.pop(title).end()
             print(f"{title}: {error}", file=sys.stderr)
-    return running, absent
+    return absent
 
 
-def measure(args: argparse.Namespace, prompts: dict[int, Any]) -> list[Record]:
-    args.shortest = prompts[min(prompts)]
-    running, absent = start(args)
-    name, records = Path(args.model).name, []
-    common = {"model": name, "threads": args.threads, "run": time.strftime("%Y-%m-%dT%H:%M:%S")}
-    for title, reason in absent.items():
-        empty = Record.of("absent", [0.0], "", common | {"variant": title, "reason": reason, "peer": True})
-        records.append(replace(empty, n=0))
-    try:
-        for length, ids in prompts.items():
-            able = dict(running)
-            for title, process in running.items():
-                try:
-                    process.generate(ids, args.new)
-                except Refused as error:
-                    print(f"{title}, prompt of {length}: {error}", file=sys.stderr)
-                    del able[title]
-            contenders = [
-                Contender(
-                    title, process.generate, None, {"version": process.about["version"], "peer": title not in args.ours}
-                )
-                for title, process in able.items()
-            ]
-            processes = [os.getpid(), *(process.child.pid for process in able.values())]
-            records += measure_case(contenders, ids, args.new, args.rounds, common, processes)
-            first = next(iter(able.values())).tokens
-            for title, process in able.items():
-                same = next(
-                    (i for i, (a, b) in enumerate(zip(first, process.tokens, strict=False)) if a != b), args.new
-                )
-                print(
-                    f"{title}: the first {same} of {args.new} tokens are those of {next(iter(able))}", file=sys.stderr
-                )
-    finally:
-        for process in running.values():
-            process.end()
-    return records
+def measure(args: argparse.Namespace, prompts: dict[int, Any], running: dict[str, Process]) -> Iterator[Record]:
+    """Records as they come: first of those that don't run, then prompt by prompt."""
+    common = {"model": Path(args.model).name, "threads": args.threads, "run": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    for title, reason in start(args, prompts[min(prompts)], running).items():
+        yield _absent(title, reason, common)
+    for length, ids in prompts.items():
+        able = dict(running)
+        for title, process in running.items():
+            try:
+                process.generate(ids, args.new)
+            except Refused as error:
+                print(f"{title}, prompt of {length}: {error}", file=sys.stderr)
+                yield _absent(title, str(error), common)
+                del able[title]
+        if not able:
+            continue
+        contenders = [
+            Contender(
+                title, process.generate, None, {"version": process.about["version"], "peer": title not in args.ours}
+            )
+            for title, process in able.items()
+        ]
+        processes = [os.getpid(), *(process.child.pid for process in able.values())]
+        yield from measure_case(contenders, ids, args.new, args.rounds, common, processes)
+        name, first = next((title, process.tokens) for title, process in able.items())
+        for title, process in able.items():
+            pairs = enumerate(zip(first, process.tokens, strict=False))
+            same = next((i for i, (a, b) in pairs if a != b), args.new)
+            print(f"{title}: the first {same} of {args.new} tokens are those of {name}", file=sys.stderr)
+
+
+def _absent(title: str, reason: str, common: dict[str, Any]) -> Record:
+    return replace(Record.of("absent", [0.0], "", common | {"variant": title, "reason": reason, "peer": True}), n=0)
 
 
 def _names(text: str) -> list[str]:
@@ -192,9 +193,17 @@ def main() -> None:
     args.work = args.work or args.installed / "work"
     loaded = Loaded(None, AutoTokenizer.from_pretrained(args.model), args.model)  # type: ignore[arg-type]  ids only
     prompts = {int(length): prompt_ids(loaded, None, int(length), 1) for length in args.prompt_len}
-    records = measure(args, prompts)
-    if args.output:
-        append(args.output, records)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no process of ours stays behind
+    running: dict[str, Process] = {}
+    records: list[Record] = []
+    try:
+        for record in measure(args, prompts, running):
+            records.append(record)
+            if args.output:
+                append(args.output, [record])
+    finally:
+        for process in running.values():
+            process.end()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     for each in table(records):
         console.print(each)

@@ -140,9 +140,10 @@ def _cost_of(importance: Tensor | None, groups: int, group: int):  # type: ignor
         raise ValueError(
             f"importance must be [K] or [K/G, G, G] = {[groups, group, group]}, not {list(importance.shape)}"
         )
-    loads = importance.diagonal(dim1=1, dim2=2)  # [K/G, G]
+    blocks = importance.float()
+    loads = blocks.diagonal(dim1=1, dim2=2).mean(dim=1)  # [K/G]
     ridge = 0.01 * loads + 1e-6 * loads.mean().clamp(min=1e-30)
-    blocks = importance.float() + torch.diag_embed(ridge)
+    blocks = blocks + ridge[:, None, None] * torch.eye(group)
 
     def cost(error: Tensor) -> Tensor:
         by_group = error.transpose(0, 1)  # [K/G, rows, G]

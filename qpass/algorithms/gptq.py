@@ -8,7 +8,7 @@ columns before it, times U_:j (2307.13304, Theorem 6, "LDLQ"):
     w'_j = w_j + sum_{i<j} (w_i - q_i) U_ij      q_j = round(w'_j)      error = sum_j D_j (w'_j - q_j)^2
 
 One Cholesky factorization of H instead of an inversion and a factorization, no inverse to lose digits in, and D_j says what
-an error in column j costs when all later columns have made it good: the right weight for choosing a group's range.
+an error in column j costs when all later columns have made it good: the right weight for a search of a group's range.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ from qpass.qweight import QWeight, zero_dtype
 from qpass.scheme import Format
 
 DAMPING = 0.01
-"""Added to the Hessian's diagonal, as a share of each entry. The paper adds a share of their mean (section 3.3, step 3);
-but where a few inputs are a thousand times louder than the rest (the massive activations of most models, 2402.17762), their
-mean drowns every other column, and rounding is all that is left for these."""
+"""Added to the Hessian's diagonal, as a share of its mean (section 3.3, step 3)."""
 
 BLOCK = 128
 """Columns between two products with everything before them (section 3.3, step 2: lazy batch updates)."""
@@ -54,7 +52,7 @@ def factor(hessian: Tensor, *, act_order: bool = True, damping: float = DAMPING)
 
     Inputs that never spoke (a zero diagonal) couple with nothing, so their columns are rounded to nearest: the paper's code
     zeroes them, but what is silent in a calibration need not be in use. Where the factorization fails, it is tried again with
-    ten times the damping, up to twice the diagonal. Raises ValueError for NaN, infinity, a negative diagonal or a shape that
+    ten times the damping, up to the mean itself. Raises ValueError for NaN, infinity, a negative diagonal or a shape that
     is not square.
     """
     if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1]:
@@ -65,20 +63,18 @@ def factor(hessian: Tensor, *, act_order: bool = True, damping: float = DAMPING)
     diagonal = h.diagonal()
     if not bool(torch.isfinite(h).all()) or bool((diagonal < 0).any()):
         raise ValueError("the Hessian holds NaN, infinity or a negative diagonal")
-    spoke = diagonal > 0
-    silent = damping * float(diagonal[spoke].median()) if bool(spoke.any()) else 1.0
+    mean = float(diagonal.mean()) or 1.0
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(h))
     backward = order.flip(0)  # the lower factor of the reversed matrix is the upper one of the matrix
     reversed_h = h[backward][:, backward]
-    ridge = torch.where(spoke, diagonal, silent / damping)[backward]
     while True:
         damped = reversed_h.clone()
-        damped.diagonal().add_(ridge, alpha=damping)
+        damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed) and bool(torch.isfinite(lower).all()):
             break
         if damping >= 1:
-            raise ValueError("the Hessian is not positive definite, even with its diagonal doubled")
+            raise ValueError("the Hessian is not positive definite, even with its mean added to its diagonal")
         damping = min(1.0, damping * 10)
     root = lower.flip(0, 1)
     roots = root.diagonal().clone()
@@ -93,7 +89,7 @@ def gptq(
     act_order: bool = True,
     damping: float = DAMPING,
     block: int = BLOCK,
-    grid: Grid = "clipped",
+    grid: Grid = "whole",
 ) -> QWeight:
     """Quantize ``weight`` [N, K] for inputs whose second moments are ``hessian`` [K, K]; a pure function.
 
@@ -101,7 +97,9 @@ def gptq(
                found beforehand ("static groups"): the codes need no permutation when they run. Without it, a group's
                range is found when its first column comes, from weights that have taken the errors so far.
     block      columns a lazy update; the result doesn't depend on it but for fp32 rounding
-    grid       "clipped": where the group's squared error, weighted by D, is least; "whole": minimum to maximum, as rtn
+    grid       a group's range: "whole", minimum to maximum, as rtn and the paper; "clipped", where the group's squared error,
+               weighted by D, is least. That is a few percent better on most layers, but where a model makes its massive
+               activations (2402.17762) it cuts off the very weights that make them.
     hessian    or its :class:`Factor`, made once for all weights that share an input; it knows its own order and damping
 
     Scales are storable as rtn's are. Raises ValueError for NaN, infinity and shapes that don't fit.

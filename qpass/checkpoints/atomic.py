@@ -84,9 +84,11 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _flush(folder: Path) -> None:
-    """On the disk before anything points to it."""
+    """On the disk before anything points to it, and readable by whom the umask lets read (safetensors writes 0600)."""
+    mode = 0o666 & ~_umask()
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
+            path.chmod(mode | path.stat().st_mode & 0o111)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     _flush_folder(folder)

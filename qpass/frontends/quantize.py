@@ -55,7 +55,8 @@ def quantize(
                ``length`` and ``count``: tokens a window, and windows or batches at most
     scheme, exclude  as for ``qpass.compile``: one name, a table by module pattern, or a function; patterns to leave out
     algorithm  "gptq" (rounding errors made good by later columns), "awq" (loud inputs get finer weights), "awq+gptq" (both),
-               "clip" (ranges clipped where the squared error is least) and "rtn"; the last two need no batches
+               "clip" (ranges clipped where the squared error is least) and "rtn"; the last two need no batches. "clip" is for
+               2 and 3 bits: at 4 it may lose more than "rtn" (it did on SmolLM2), since outliers often matter most
     folder     keeps each finished block; called again with the same arguments, the work goes on behind the last one
     write_back  overwrite the weights with the values that their codes stand for, for eager use. By default they stay the
                originals: only graphs that are compiled afterwards use the codes.
@@ -121,7 +122,7 @@ def _with_data(
             if write_back:
                 linear.write(_values(given[linear.name]))
             give(linear.parameter, replace(given[linear.name], activation=linear.scheme.activation))
-    _without_data([x for x in linears if x.name not in given], "clip", write_back)
+    _without_data([x for x in linears if x.name not in given], "rtn", write_back)
 
 
 def _quantize_block(

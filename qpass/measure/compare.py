@@ -29,6 +29,7 @@ IDENTITY = (
         "source",
     ),
     *("n", "k", "m", "prompt", "batch", "new", "context", "threads", "stride", "length", "count", "kv"),
+    *("exclude", "lowering", "stats", "alpha", "recipe", "chat", "problems"),
 )
 """The settings that say what was measured; the others say how it went."""
 

@@ -10,7 +10,7 @@ from qpass.measure.record import Record
 
 BASELINE = "stock"
 LABELS = {BASELINE: "bf16, stock Inductor"}
-ALIASES = {"inductor": BASELINE}  # as older records call it
+ALIASES = {"inductor": BASELINE, "bf16": BASELINE}  # as older records and those of quality call it
 QUALITY = ("perplexity", "kl", "top1_agreement", "humaneval", "pass@1")
 PASS = ("humaneval", "pass@1", "humaneval_pass@1", "humaneval_pass_at_1")
 COSTS = ("load", "compile_cold", "compile_warm", "peak_load", "peak_compile", "peak_run", "rss")
@@ -88,6 +88,14 @@ def machine_of(record: Record) -> str:
     return f"{m.cpu} ({m.tier}), {m.cores} cores"
 
 
+def variant_of(record: Record) -> str:
+    """As ``qpass bench`` names it, where a record of quality has a scheme and the statistics that smoothed it."""
+    s = record.settings
+    scheme = str(s.get("scheme") or "")
+    name = str(s.get("variant") or (f"{scheme} (smoothed)" if s.get("stats") and "a8" in scheme else scheme))
+    return ALIASES.get(name, name)
+
+
 def models(records: Iterable[Record]) -> list[Model]:
     """By model and machine, in the order in which they come; of several records of one thing the last counts."""
     records = list(records)
@@ -100,8 +108,7 @@ def models(records: Iterable[Record]) -> list[Model]:
             continue
         key = name, machine_of(r)
         model = found.setdefault(key, Model(*key))
-        variant = str(r.settings.get("variant") or r.settings.get("scheme") or "")
-        variant = ALIASES.get(variant, variant)
+        variant = variant_of(r)
         if r.what in TIMES and isinstance(r.settings.get("prompt"), int):
             case = cases.setdefault((*key, r.settings["prompt"], int(r.settings.get("batch", 1))), {})
             case.setdefault(variant, Row(variant)).records[r.what] = r

@@ -51,5 +51,6 @@ dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .
     --c0: #2f6db5; --c1: #c9621a; --c2: #36875a; --c3: #a13d63; --c4: #7463b5; --c5: #647180; --c6: #94801f; --c7: #1f8a94; --limit: #b3261e; }
   body { font-size: 10pt; } main { max-width: none; padding: 0; } nav, summary { display: none; } .scroll { overflow: visible; } table { font-size: 8pt; }
   th, td { padding: .2rem .3rem; white-space: normal; } tr, figure, .lead li { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  details::details-content { content-visibility: visible; display: block; }
   svg rect, svg circle { print-color-adjust: exact; -webkit-print-color-adjust: exact; } th:first-child, td:first-child { position: static; } }
 """

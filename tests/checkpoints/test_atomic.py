@@ -17,6 +17,7 @@ from qpass.errors import CheckpointError
 def _write(target: Path, text: str) -> None:
     with new_folder(target, replaces=lambda name: name.endswith(".weights")) as folder:
         (folder / "config").write_text(text)
+        (folder / "config").chmod(0o600)
         (folder / f"{text}.weights").write_text(text)
 
 
@@ -37,6 +38,7 @@ def test_new_weights_replace_old_ones_and_the_rest_stays(
     assert _seen(target) == {"config": "b", "b.weights": "b", "tokenizer": "t"}
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert target.stat().st_mode & 0o777 == 0o777 & ~atomic._umask()
+    assert (target / "config").stat().st_mode & 0o777 == 0o666 & ~atomic._umask()
 
 
 def test_interrupted_the_old_one_stands(tmp_path: Path) -> None:

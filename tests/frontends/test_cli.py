@@ -32,11 +32,26 @@ def test_help_names_the_commands_and_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=os.getcwd())
     assert done.stdout.strip().endswith("False")
-    for command in ("demo", "run", "explain", "kernels", "profile", "eval", "quantize", "doctor"):
+    for command in (
+        "demo",
+        "run",
+        "explain",
+        "kernels",
+        "profile",
+        "eval",
+        "quantize",
+        "bench",
+        "compare",
+        "report",
+        "doctor",
+    ):
         assert re.search(rf"^\W*{command}\s", done.stdout, re.M)
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "explain", "kernels", "profile", "eval", "quantize", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "run", "explain", "kernels", "profile", "eval", "quantize", "bench", "compare", "report", "doctor"],
+)
 def test_every_command_has_help(command):
     out = _qpass(command, "--help")
     assert out.exit_code == 0

@@ -16,7 +16,7 @@ from qpass.cpu import Rates
 from qpass.errors import QpassError
 from qpass.frontends.cli import app
 from qpass.frontends.commands import bench_costs, session
-from qpass.frontends.commands.bench_variants import STOCK, _generate, work_of
+from qpass.frontends.commands.bench_variants import STOCK, Calibrated, _generate, work_of
 from qpass.kernels.rates import measured_rates
 from qpass.measure import bench, bench_machine
 from qpass.measure.bench import Contender, Outcome, Work, measure_case
@@ -128,7 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stock without Inductor: what the commands do with a variant is the same. The machine is looked at once."""
-    monkeypatch.setattr(session, "baseline", lambda: lambda function: function)
+    monkeypatch.setattr(session, "baseline", lambda model=None: lambda function: function)
     monkeypatch.setattr(bench_machine, "measure", lambda cpu: measured_rates())
 
 
@@ -159,6 +159,7 @@ def test_the_command_writes_records_and_prints_a_table(folder: Path, tmp_path: P
         (("--batch", "0"), "--batch 0: accepted"),
         (("--draft-with", "stock"), "give one with --draft"),
         (("--draft", "ngram", "--draft-with", "w3a8"), "--draft-with w3a8 is not among"),
+        (("--schemes", "recipe"), "a recipe needs both --recipe FILE"),
         (("--text", "/does/not/exist"), "does not exist"),
     ],
 )
@@ -191,8 +192,16 @@ def test_the_work_of_a_model_and_what_became_of_guesses(folder: Path) -> None:
     assert all(r.settings["plain_ms"] == verified[0].value for r in verified)
 
 
+def test_statistics_go_to_the_schemes_that_take_them() -> None:
+    calibrated = Calibrated(Path("s.stats"), "0.5", Path("r.json"))
+    assert calibrated.name("w8a8-dynamic") == "w8a8-dynamic (smoothed)"
+    assert calibrated.of("w8a8-static")["stats"] == Path("s.stats")
+    assert (calibrated.name("w8a16"), calibrated.of("w8a16")["stats"]) == ("w8a16", None)
+    assert (calibrated.of("recipe")["scheme"], calibrated.of("recipe")["recipe"]) == (None, Path("r.json"))
+
+
 def test_costs_of_one_process(folder: Path, eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = bench_costs.once(str(folder), STOCK, 8)
+    found = bench_costs.once(str(folder), STOCK, 8, Calibrated())
     assert set(found) == {"load", "peak_load", "compile", "peak_compile", "peak_run", "rss"}
     assert min(found.values()) > 0
     assert found["peak_run"] >= 0.9 * found["rss"] > 50  # MB: torch alone is more

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from qpass.errors import OptionError
 from qpass.frontends import progress
 from qpass.frontends.commands import session
-from qpass.frontends.commands.bench_variants import STOCK, Draft, contenders
+from qpass.frontends.commands.bench_variants import RECIPE, STOCK, Calibrated, Draft, contenders
 
 
 def words(option: str, text: str) -> list[str]:
@@ -45,13 +45,16 @@ class Asked:
     draft_with: Sequence[str] = ()  # the schemes that also run with the draft; none given: all but stock
     costs: bool = False
     text: Path | None = None
+    calibrated: Calibrated = field(default_factory=Calibrated)
 
     def check(self) -> None:
         from qpass.scheme import Scheme
 
         for scheme in self.schemes:
-            if scheme != STOCK:
+            if scheme not in (STOCK, RECIPE):
                 Scheme.parse(scheme)
+        if (RECIPE in self.schemes) != (self.calibrated.recipe is not None):
+            raise OptionError("a recipe needs both --recipe FILE and the name recipe among --schemes")
         for name, numbers, least in (("--prompt-len", self.prompt_len, 2), ("--batch", self.batch, 1)):
             for number in numbers:
                 if number < least:
@@ -97,11 +100,13 @@ def _records(model: str, asked: Asked) -> Iterator[Any]:
     if asked.costs:
         for scheme in asked.schemes:
             with progress.waiting(f"{scheme}: load, compile cold and warm, run, each in a process of its own"):
-                yield from measure_costs(model, scheme, prompt=min(asked.prompt_len))
+                yield from measure_costs(model, scheme, prompt=min(asked.prompt_len), calibrated=asked.calibrated)
     loaded = load(model)
     common = {"model": name, "threads": torch.get_num_threads(), "run": time.strftime("%Y-%m-%dT%H:%M:%S")}
     drafted = asked.draft_with or [scheme for scheme in asked.schemes if scheme != STOCK]
-    runs = contenders(loaded, asked.schemes, asked.batch[0], asked.draft, drafted if asked.draft else ())
+    runs = contenders(
+        loaded, asked.schemes, asked.batch[0], asked.draft, drafted if asked.draft else (), asked.calibrated
+    )
     for batch in asked.batch:
         for tokens in asked.prompt_len:
             ids = prompt_ids(loaded, asked.text, tokens, batch)

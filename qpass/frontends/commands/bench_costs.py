@@ -16,19 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from qpass.errors import QpassError
+from qpass.frontends.commands.bench_variants import RECIPE, STOCK, Calibrated
 
 NEW = 8
 
 
-def measure_costs(model: str, variant: str, *, prompt: int) -> Iterator[Any]:
+def measure_costs(model: str, variant: str, *, prompt: int, calibrated: Calibrated | None = None) -> Iterator[Any]:
     """Records of one variant: ``load``, ``compile_cold`` and ``compile_warm`` in s, ``peak_load``, ``peak_compile``,
     ``peak_run`` and ``rss`` in MB. Two processes, the first with empty caches. Raises QpassError with what went wrong."""
     from qpass.measure.record import Record
 
-    settings = {"model": Path(model).name, "variant": variant}
+    found_by = calibrated or Calibrated()
+    settings = {"model": Path(model).name, "variant": found_by.name(variant)}
     with tempfile.TemporaryDirectory(prefix="qpass-bench-") as folder:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "QPASS_CACHE": f"{folder}/qpass"}
         command = [sys.executable, "-m", __spec__.name, model, variant, str(prompt)]
+        command += [str(found_by.stats or ""), found_by.alpha, str(found_by.recipe or "")]
         for state in ("cold", "warm"):
             done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True)
             if done.returncode:
@@ -41,17 +44,17 @@ def measure_costs(model: str, variant: str, *, prompt: int) -> Iterator[Any]:
         yield Record.of(what, [megabytes], "MB", settings)
 
 
-def once(model: str, variant: str, prompt: int) -> dict[str, float]:
+def once(model: str, variant: str, prompt: int, calibrated: Calibrated) -> dict[str, float]:
     """This process' own: seconds of ``load`` and ``compile``; MB held at most in each stage, and in the end."""
     from qpass.frontends.commands import session
-    from qpass.frontends.commands.bench_variants import STOCK
 
     session.prepare()
-    session.check(model, "w16a16" if variant == STOCK else variant)
+    session.check(model, "w16a16" if variant in (STOCK, RECIPE) else variant)
     from functools import partial
 
     import torch
 
+    import qpass
     from qpass.frontends.hf import load
     from qpass.measure import memory
     from qpass.runtime.decoder import Decoder
@@ -68,12 +71,11 @@ def once(model: str, variant: str, prompt: int) -> dict[str, float]:
     loaded = load(model)
     found["load"] = time.perf_counter() - started
     stage("load")
-    compile = (
-        session.baseline(loaded.model)
-        if variant == STOCK
-        else session.compiler(variant, (), None, release_weights=True)
-    )
-    decoder = Decoder(loaded.model, partial(compile))
+    if variant == STOCK:
+        compile = session.baseline(loaded.model)
+    else:
+        compile = partial(qpass.compile, release_weights=True, fullgraph=True, dynamic=False, **calibrated.of(variant))
+    decoder = Decoder(loaded.model, compile)
     found["compile"] = decoder.warm_up()
     stage("compile")
     ids = torch.randint(0, decoder.vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
@@ -84,4 +86,6 @@ def once(model: str, variant: str, prompt: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(once(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
+    model, variant, prompt, stats, alpha, recipe = sys.argv[1:7]
+    chosen = Calibrated(Path(stats) if stats else None, alpha, Path(recipe) if recipe else None)
+    print(json.dumps(once(model, variant, int(prompt), chosen)))

@@ -11,6 +11,8 @@ from typing import Any
 from qpass.frontends import progress
 from qpass.frontends.commands import session
 
+RECIPE = "recipe"
+"""Each layer in the scheme that a recipe says."""
 STOCK = "stock"
 """Inductor on the unquantized model, in the same loop on the same static cache."""
 
@@ -42,19 +44,41 @@ class Run:
     drafts: bool = False
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """What ``qpass calibrate`` and ``qpass search`` wrote, for the schemes that take it."""
+
+    stats: Path | None = None
+    alpha: str = "auto"
+    recipe: Path | None = None
+
+    def of(self, scheme: str) -> dict[str, Any]:
+        """Arguments of ``qpass.compile``. Raises OptionError."""
+        if scheme == RECIPE:
+            return {"scheme": None, **session.calibration(self.stats, self.alpha, self.recipe)}
+        return {"scheme": scheme, **session.calibration(self.stats if self.smooths(scheme) else None, self.alpha, None)}
+
+    def smooths(self, scheme: str) -> bool:
+        return self.stats is not None and "a8" in scheme
+
+    def name(self, scheme: str) -> str:
+        return f"{scheme} (smoothed)" if self.smooths(scheme) else scheme
+
+
 def contenders(
-    loaded: Any, schemes: Sequence[str], batch: int, draft: Draft | None, drafted: Sequence[str]
+    loaded: Any, schemes: Sequence[str], batch: int, draft: Draft | None, drafted: Sequence[str], calibrated: Calibrated
 ) -> list[Run]:
     """Every scheme alone and, where it is among ``drafted``, with the draft too; the two share one decoder."""
     runs: list[Run] = []
     for scheme in schemes:
         guessing = draft if scheme in drafted else None
         with progress.waiting(f"compiling {scheme}" + (f" with {guessing.name}" if guessing else "")):
-            runs += _of_scheme(loaded, scheme, batch, guessing)
+            runs += _of_scheme(loaded, scheme, batch, guessing, calibrated)
     return runs
 
 
-def _of_scheme(loaded: Any, scheme: str, batch: int, draft: Draft | None) -> list[Run]:
+def _of_scheme(loaded: Any, scheme: str, batch: int, draft: Draft | None, calibrated: Calibrated) -> list[Run]:
+    import qpass
     from qpass.frontends.speculation import Speculation
     from qpass.measure.bench import Contender
     from qpass.runtime.decoder import Decoder
@@ -68,18 +92,18 @@ def _of_scheme(loaded: Any, scheme: str, batch: int, draft: Draft | None) -> lis
     rest: dict[str, Any] = {"k": 0}
     if draft is not None:
         rest = {"k": draft.k, "draft_scheme": draft.scheme, "draft_vocabulary": draft.vocabulary}
-    given = None if draft is None else draft.given
-    spec = Speculation(loaded.model, given, scheme=scheme, tokenizer=loaded.tokenizer, **rest)
+    target = qpass.compile(loaded.model, fullgraph=True, **calibrated.of(scheme))
+    spec = Speculation(target, None if draft is None else draft.given, tokenizer=loaded.tokenizer, **rest)
     spec.warm_up(batch)
-    work = work_of(loaded, spec.decoder, scheme)
-    plain = Contender(scheme, partial(_generate, Speculator(spec.decoder), None), work)
-    runs = [Run(scheme, plain, spec.decoder, spec.warm_up)]
+    work, variant = work_of(loaded, spec.decoder, scheme), calibrated.name(scheme)
+    plain = Contender(variant, partial(_generate, Speculator(spec.decoder), None), work)
+    runs = [Run(variant, plain, spec.decoder, spec.warm_up)]
     if draft is not None:
         name = ",".join(Path(part).name for part in draft.name.split(","))
         about = {"draft": name, "draft_scheme": draft.scheme, "draft_vocabulary": draft.vocabulary, "k": draft.k}
         generate = partial(_generate, spec.speculator, loaded.tokenizer)
-        contender = Contender(f"{scheme} + {name}", generate, work, about)
-        runs.append(Run(scheme, contender, spec.decoder, spec.warm_up, drafts=True))
+        contender = Contender(f"{variant} + {name}", generate, work, about)
+        runs.append(Run(variant, contender, spec.decoder, spec.warm_up, drafts=True))
     return runs
 
 
@@ -132,5 +156,5 @@ def work_of(loaded: Any, decoder: Any, scheme: str) -> Any:
         macs=sum(weight.numel() for weight in matrices.values()) - head_macs,
         head_macs=head_macs,
         attention_macs=attention,
-        peak="int8" if scheme != STOCK and Scheme.parse(scheme).activation.startswith("a8") else "bf16",
+        peak="int8" if scheme not in (STOCK, RECIPE) and Scheme.parse(scheme).activation.startswith("a8") else "bf16",
     )
