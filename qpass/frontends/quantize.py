@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qpass.algorithms.awq import awq, search
 from qpass.algorithms.clip import clip
-from qpass.algorithms.gptq import factor, gptq
+from qpass.algorithms.gptq import DAMPING, factor, gptq
 from qpass.algorithms.rtn import rtn
 from qpass.assignment import Assignment
 from qpass.errors import OptionError
@@ -33,6 +33,9 @@ DATA_FREE = frozenset({"clip", "rtn"})
 
 FEWEST_TOKENS = 128
 """Fewer say nothing of a layer's inputs; tens of thousands are usual."""
+
+OVERFIT = 0.25
+"""Damping of GPTQ by inputs a token, where that is more than the paper's: compensation fits the noise of a small calibration."""
 
 
 def quantize(
@@ -158,14 +161,15 @@ def _solve(linears: list[Layer], seen: Moments, algorithm: str) -> tuple[list[QW
     weights = [linear.read().float() for linear in linears]
     amplitude, hessian = seen.amplitude(), seen.hessian()
     check_finite(hessian, linears[0].name)
+    damping = min(1.0, max(DAMPING, OVERFIT * len(hessian) / max(1, seen.rows)))
     try:
         if algorithm == "gptq":
-            shared = factor(hessian)
+            shared = factor(hessian, damping=damping)
             return [gptq(w, shared, format) for w, format in zip(weights, formats, strict=True)], None
         if algorithm == "awq":
             return awq(weights, amplitude, hessian, formats)
         divisor = search(weights, amplitude, hessian, formats)
-        shared = factor(hessian / divisor[:, None] / divisor)
+        shared = factor(hessian / divisor[:, None] / divisor, damping=damping)
         return [gptq(w * divisor, shared, format) for w, format in zip(weights, formats, strict=True)], divisor
     except ValueError as error:
         raise OptionError(f"{', '.join(linear.name for linear in linears)}: {error}") from error
