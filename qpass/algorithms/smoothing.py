@@ -18,7 +18,7 @@ from qpass.qactivation import quantize_activation, quantize_by_scale
 from qpass.scheme import Scheme
 
 GRID = (None, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""The alphas that "auto" tries, each with three magnitudes of the input; None: no smoothing."""
+"""The alphas that "auto" tries; None: no smoothing."""
 
 CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
 """Shares of the largest magnitude at which a static scale may cut off."""
@@ -94,7 +94,7 @@ def smooth(
     energy = torch.stack([y.square().sum(dim=1) for y in outputs]).sum(dim=0).clamp_(min=1e-12)
     static = any(scheme.activation == "a8-static" for scheme in schemes)
     best: Smoothed | None = None
-    for candidate, s in _divisors(observer, weights, alpha, static):
+    for candidate, s in _divisors(observer, weights, alpha):
         flat = rows if s is None else rows / s
         codes = [
             w if scheme.weight is None else rtn(w if s is None else w * s, scheme.weight).dequantize()
@@ -119,24 +119,11 @@ def smooth(
 
 
 def _divisors(
-    observer: Observer, weights: Sequence[Tensor], alpha: float | str | None, static: bool
+    observer: Observer, weights: Sequence[Tensor], alpha: float | str | None
 ) -> Iterator[tuple[float | None, Tensor | None]]:
-    """Alphas and their divisors. "auto" also asks for the magnitudes of ordinary rows, and for what lies between.
-
-    One spike in ten thousand tokens would otherwise flatten its channel for all of them. Not for a static scale, which cuts
-    off a spike that the kept rows don't show.
-    """
-    if alpha != "auto":
-        yield alpha, None if alpha is None else divisor(observer.absmax, weights, float(alpha))  # type: ignore[misc]
-        return
-    absmax = observer.absmax
-    ordinary = observer.sample.float().abs().amax(dim=0).clamp_(min=1e-6 * float(absmax.max())).minimum(absmax)
-    for candidate in GRID:
-        if candidate is None:
-            yield None, None
-            continue
-        for magnitudes in (absmax,) if static else (absmax, (absmax * ordinary).sqrt(), ordinary):
-            yield candidate, divisor(magnitudes, weights, candidate)
+    """The alphas to try, and their divisors."""
+    for candidate in GRID if alpha == "auto" else (alpha,):
+        yield candidate, None if candidate is None else divisor(observer.absmax, weights, float(candidate))  # type: ignore[misc]
 
 
 def fake_quantize(x: Tensor, scheme: Scheme, scale: float | None) -> Tensor:
