@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo import external_utils, trace_rules
 
 from qpass.errors import OptionError, UnsupportedError
 from qpass.frontends.backend import compile_graph
@@ -106,7 +107,11 @@ def _compile_any(model: Any, *, options: Options, arguments: dict[str, Any]) -> 
 def _attach(module: nn.Module, options: Options, arguments: dict[str, Any]) -> None:
     backend = _Backend(options)
     backend.module = weakref.ref(module)
-    module.compile(backend=backend, **arguments)
+    if trace_rules.check(module.forward):  # torch.nn's own classes: Dynamo would leave their frame to eager execution
+        call = external_utils.wrap_inline(module._call_impl)
+        module._compiled_call_impl = torch.compile(call, backend=backend, **arguments)
+    else:
+        module.compile(backend=backend, **arguments)
     object.__setattr__(module, "_qpass_backend", backend)
 
 

@@ -62,6 +62,14 @@ def test_backend_by_name(net: Net) -> None:
     assert explanation.bytes_after < 0.7 * explanation.bytes_before
 
 
+def test_a_root_of_torchs_own_classes_is_compiled() -> None:
+    """Dynamo leaves the frames of torch.nn's own forwards alone: called directly they would run as they are."""
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)).to(torch.bfloat16).eval()
+    fast = qpass.compile(net, scheme={"0": "w4a16-g32"})
+    assert 0 < relative_error(fast(inputs()), net(inputs())) < 0.2
+    assert {r.name: r.scheme for r in qpass.explain(fast).records} == {"0": "w4a16-g32", "2": "w8a16"}
+
+
 def test_backend_takes_options(net: Net) -> None:
     fast = torch.compile(net, backend="qpass", fullgraph=True, options={"scheme": "w4a16-g32", "exclude": ["head"]})
     error = relative_error(fast(inputs()), net(inputs()))
