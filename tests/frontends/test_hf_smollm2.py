@@ -13,7 +13,7 @@ from qpass.runtime.speculate import Speculator
 @pytest.fixture(scope="module")
 def smollm2():
     try:
-        return hf.load(demo_model_path())
+        return hf.load(demo_model_path(), codes=False)
     except QpassError as error:
         pytest.skip(f"neither the hub nor PyPI answers: {error}")
 

@@ -73,7 +73,8 @@ def check_counts(family, counts, records, left):
 
 # A router in bf16 may pick another expert where two are nearly equal: no error, but no rounding either.
 ROUTED = ("mixtral", "qwen3_moe")
-COMPILED = [(f, torch.float32 if f in ROUTED else torch.bfloat16) for f in EXPECTED if f != "falcon_rw"]
+FEW = ("vit",)  # four outputs in all: too few to tell bf16's rounding from luck
+COMPILED = [(f, torch.float32 if f in ROUTED + FEW else torch.bfloat16) for f in EXPECTED if f != "falcon_rw"]
 COMPILED += [("llama_awkward", torch.float32), ("gpt2", torch.float32)]
 
 
