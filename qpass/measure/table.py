@@ -85,7 +85,7 @@ def _heading(model: str, records: list[Record]) -> str:
         f"{model}, {s['prompt']}-token prompt, {s['new']} new tokens, batch {s.get('batch', 1)}, greedy, {s['threads']} threads, "
         f"{speed.machine.cpu} ({speed.machine.tier}), {s['bandwidth_gbps']} GB/s read, torch {speed.machine.torch}, "
         f"commit {speed.commit}, n = {speed.n} in turns; in parentheses the speed-up over the first row, in brackets "
-        "the share of what the memory bandwidth allows:\n"
+        "the share of the machine's limit, arithmetic for a prompt and memory for a token:\n"
     )
 
 
