@@ -94,7 +94,8 @@ def measure(arguments: argparse.Namespace, settings: dict) -> Record:
     ).input_ids
     found = Perplexity()
     for window in windows(ids[0], LENGTH, arguments.evaluation):
-        found.add(model(input_ids=window[None], use_cache=False).logits[0, :-1], window[1:])
+        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
+        found.add(logits.float().log_softmax(-1), window[1:])
     return found.records(settings | {"quantize_s": round(seconds, 1)})[0]
 
 

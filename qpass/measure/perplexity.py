@@ -103,7 +103,9 @@ class Perplexity:
     tokens: list[int] = field(default_factory=list)
 
     def add(self, log_probs: Tensor, targets: Tensor) -> None:
-        """One window: log-probabilities [n, V], targets int64 [n]."""
+        """One window: log-probabilities [n, V], targets int64 [n]. Raises ValueError for logits, of which some are above 0."""
+        if log_probs.numel() and float(log_probs.max()) > 1e-3:  # rounding leaves a certain token a little above
+            raise ValueError("log-probabilities are at most 0; these are logits")
         self.nll.append(-log_probs.gather(1, targets[:, None]).double().sum().item())
         self.tokens.append(len(targets))
 

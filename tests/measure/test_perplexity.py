@@ -9,7 +9,7 @@ import transformers as tf
 
 from qpass.errors import OptionError
 from qpass.measure.divergence import Divergence, divergence
-from qpass.measure.perplexity import perplexity, scored, windows
+from qpass.measure.perplexity import Perplexity, perplexity, scored, windows
 
 VOCABULARY = 53
 
@@ -154,3 +154,8 @@ def test_what_is_wrong_is_named(model, ids, arguments, message):
 def test_other_vocabularies_are_refused(ids):
     with pytest.raises(OptionError, match="one vocabulary"):
         divergence(lambda x: torch.zeros(*x.shape, 5), lambda x: torch.zeros(*x.shape, 6), ids)
+
+
+def test_logits_are_no_log_probabilities():
+    with pytest.raises(ValueError, match="these are logits"):
+        Perplexity().add(torch.randn(3, 9) + 5, torch.tensor([0, 1, 2]))
