@@ -123,11 +123,11 @@ def test_generate_pipeline_copy_and_dtype(artefact: Path, checkpoint: Path) -> N
     assert torch.equal(logits(copy.deepcopy(model)), before)
     assert torch.equal(logits(model.to("cpu")), before)
     block = model.model.layers[0].mlp
-    x = torch.randn(1, 3, 64)
+    x = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         half, full = block(x.bfloat16()), block.float()(x)
     assert (block.gate_proj.weight.dtype, full.dtype) == (torch.float32, torch.float32)
-    torch.testing.assert_close(half.float(), full, rtol=0.05, atol=0.05)
+    assert (half.float() - full).norm() < 0.02 * full.norm()  # bf16 keeps 8 bits
 
 
 def test_a_plain_model_with_codes_is_saved_too(checkpoint: Path, tmp_path: Path) -> None:
