@@ -22,3 +22,11 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Each test draws the same numbers, whichever ran before it."""
+    import torch
+
+    torch.manual_seed(0)

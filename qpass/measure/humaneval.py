@@ -24,7 +24,8 @@ Problem = Mapping[str, str]
 STOPS = ("\nclass", "\ndef", "\n#", "\n@", "\nif", "\nprint", "\n```")
 """A completion ends in front of what no longer belongs to the function: the paper's five, decorators, and a fence."""
 
-CHAT_STOPS = ("\n```",)
+CHAT_STOPS = ("\n```", "\nassert ", "\nprint(", "\nif __name__")
+"""An instruct model goes on with tests and examples of its own; EvalPlus' sanitizer cuts them off too."""
 
 _ASKED = (
     "Please provide a self-contained Python script that solves the following problem in a markdown code block:\n"

@@ -98,6 +98,16 @@ def test_a_chat_is_asked_and_its_code_is_taken(tokenizer, tmp_path):
     assert judge(chosen, {"T/0": samples["T/0"].completion})["T/0"].passed
 
 
+def test_a_models_own_tests_are_not_judged(tokenizer, tmp_path):
+    wrong = "def f(x):\n    assert x or True\n    return 2 * x\n\n# Test cases\nassert f(1) == 3\nassert f(2) == 4\n```"
+    chosen = {"T/0": TASK}
+    made = humaneval_samples.generate(
+        Scripted(tokenizer, lambda text: wrong), tokenizer, chosen, tmp_path / "s.jsonl", about={}, chat=True, batch=1
+    )
+    assert "assert x" in made["T/0"].completion
+    assert judge(chosen, {"T/0": made["T/0"].completion})["T/0"].passed
+
+
 @pytest.mark.parametrize(
     ("answer", "passes"),
     [
