@@ -13,7 +13,10 @@ from qpass.frontends.cli_options import (
     KV,
     Alpha,
     Debug,
+    DraftScheme,
+    DraftVocabulary,
     Exclude,
+    K,
     Lowering,
     Model,
     RecipeOption,
@@ -88,12 +91,9 @@ def run(
             show_default=False,
         ),
     ] = None,
-    k: Annotated[str, typer.Option("--k", help="Tokens that the draft guesses a step: a number, or auto.")] = "auto",
-    draft_scheme: Annotated[str, typer.Option(help="The scheme of a draft model.")] = "w8a8-dynamic",
-    draft_vocabulary: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Let a draft model guess only its first, most frequent tokens.", show_default=False),
-    ] = None,
+    k: K = "auto",
+    draft_scheme: DraftScheme = "w8a8-dynamic",
+    draft_vocabulary: DraftVocabulary = None,
     trace: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Write a page (.html) that shows who proposed each token.", show_default=False),

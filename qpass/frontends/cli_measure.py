@@ -12,12 +12,16 @@ from qpass.frontends.cli_options import (
     SCHEMES,
     Alpha,
     Debug,
+    DraftScheme,
+    DraftVocabulary,
     Exclude,
+    K,
     Lowering,
     Model,
     RecipeOption,
     SchemeOption,
     Stats,
+    Text,
     spoken,
 )
 
@@ -87,10 +91,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    text: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="A text file or a folder of them; by default Python's standard library.", show_default=False),
-    ] = None,
+    text: Text = None,
     tokens: Annotated[int, typer.Option(min=2, help="How many tokens of the text to score at most.")] = 16384,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
     stride: Annotated[int, typer.Option(min=1, help="Tokens that each window scores behind the first.")] = 256,
@@ -168,19 +169,13 @@ def bench(
     draft_with: Annotated[
         str, typer.Option(help="The schemes that run with the draft, with commas; by default all.", show_default=False)
     ] = "",
-    draft_scheme: Annotated[str, typer.Option(help="The scheme of a draft model.")] = "w8a8-dynamic",
-    draft_vocabulary: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Let a draft model guess only its first, most frequent tokens.", show_default=False),
-    ] = None,
-    k: Annotated[str, typer.Option("--k", help="Tokens that the draft guesses a step: a number, or auto.")] = "auto",
+    draft_scheme: DraftScheme = "w8a8-dynamic",
+    draft_vocabulary: DraftVocabulary = None,
+    k: K = "auto",
     costs: Annotated[
         bool, typer.Option("--costs", help="Also compile time and memory, two processes a variant: takes minutes.")
     ] = False,
-    text: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Where prompts come from; by default Python's own library.", show_default=False),
-    ] = None,
+    text: Text = None,
     stats: Stats = None,
     alpha: Alpha = "auto",
     recipe: RecipeOption = None,

@@ -51,6 +51,12 @@ RecipeOption = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--recipe", help="What `qpass search` wrote, in the place of a scheme.", show_default=False),
 ]
+K = Annotated[str, typer.Option("--k", help="Tokens that the draft guesses a step: a number, or auto.")]
+DraftScheme = Annotated[str, typer.Option(help="The scheme of a draft model.")]
+DraftVocabulary = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Let a draft model guess only its first, most frequent tokens.", show_default=False),
+]
 Text = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="A text file or folder; by default the standard library's source.", show_default=False),
