@@ -177,6 +177,12 @@ def bench(
     ] = False,
     text: Text = None,
     stats: Stats = None,
+    stats_with: Annotated[
+        str,
+        typer.Option(
+            help="The schemes that take --stats, with commas; by default all with int8 activations.", show_default=False
+        ),
+    ] = "",
     alpha: Alpha = "auto",
     recipe: RecipeOption = None,
     output: Annotated[
@@ -200,7 +206,7 @@ def bench(
             command.words("--draft-with", draft_with) if draft_with else (),
             costs,
             text,
-            Calibrated(stats, alpha, recipe),
+            Calibrated(stats, alpha, recipe, command.words("--stats-with", stats_with) if stats_with else ()),
         )
         command.bench(model, asked, output)
 

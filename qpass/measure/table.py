@@ -9,19 +9,14 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from qpass.measure.record import Record, read
+from qpass.measure.report_data import PASS, QUALITY, TIMES, models
+from qpass.measure.report_pictures import recipe_markdown
 
-RESULTS, LINEAR, SPECULATION = "results", "linear", "speculation"
-"""The marked parts: generation with whole models; one linear layer; speculative decoding."""
-
-COLUMNS = {
-    "ttft": "TTFT ms",
-    "tpot": "TPOT ms",
-    "rss": "memory MB",
-    "compile_cold": "compile s, cold",
-    "compile_warm": "warm",
-}
+RESULTS, PEERS, LINEAR, SPECULATION = "results", "peers", "linear", "speculation"
+"""The marked parts: whole models in our variants; beside other engines; one linear layer; speculative decoding."""
 
 LINEAR_COLUMNS = {
     "w4a8-g128": "`w4a8-g128`",
@@ -36,68 +31,33 @@ LINEAR_COLUMNS = {
 LINEAR_SHAPE = 8960, 1536  # N, K: the up projection of a 1.5B model
 LINEAR_TOKENS = 1, 4, 8, 16, 128, 512
 
-BASELINE = "stock"
-ALIASES = {"inductor": BASELINE}  # as older records call it
 
-Key = tuple[tuple[str, int, int], str, str]
-"""(model, prompt's tokens, batch), variant, what. Memory and compile time know no prompt: they go with the shortest."""
+def recipes_markdown(records: Iterable[Record], *, peers: bool = False) -> str:
+    """The recipe table of each model, prompt and batch: rows of the newest run of it, because only what was measured in
+    turns compares; quality from whichever run. ``peers``: of runs with other engines, else of those without.
 
-
-def latest(records: Iterable[Record]) -> dict[Key, Record]:
-    """The last record of each key."""
-    kept = [r for r in records if r.what in COLUMNS]
-    shortest: dict[str, int] = {}
-    for r in kept:
-        model, tokens = r.settings.get("model", ""), r.settings.get("prompt")
-        if tokens is not None:
-            shortest[model] = min(tokens, shortest.get(model, tokens))
-    found: dict[Key, Record] = {}
-    for r in kept:
-        model = r.settings.get("model", "")
-        tokens = r.settings.get("prompt", shortest.get(model, 0))
-        variant = r.settings.get("variant", "")
-        found[(model, tokens, r.settings.get("batch", 1)), ALIASES.get(variant, variant), r.what] = r
-    return found
+    Raises ValueError where there is no such run.
+    """
+    records = list(records)
+    beside = {_run(r) for r in records if r.settings.get("peer")}
+    times = [r for r in records if r.what in TIMES and _run(r) and (_run(r) in beside) == peers]
+    if not times:
+        raise ValueError(f"no run {'with' if peers else 'without'} other engines")
+    newest: dict[tuple[Any, ...], str] = {}
+    for r in times:
+        newest[_case(r)] = max(_run(r), newest.get(_case(r), ""))
+    chosen = [r for r in times if newest[_case(r)] == _run(r)]
+    quality = [r for r in records if r.what in QUALITY or r.what in PASS]
+    return "\n\n".join(recipe_markdown(model) for model in models([*chosen, *quality]) if model.cases)
 
 
-def markdown(records: Iterable[Record], baseline: str = BASELINE) -> str:
-    """One table a model, prompt and batch: a row a variant; times relative to the baseline's in parentheses."""
-    found = latest(records)
-    parts = []
-    for case in dict.fromkeys(key[0] for key in found):
-        mine = {key[1:]: record for key, record in found.items() if key[0] == case}
-        columns = {what: title for what, title in COLUMNS.items() if any(key[1] == what for key in mine)}
-        parts.append(_heading(case[0], list(mine.values())))
-        parts.append("| variant | " + " | ".join(columns.values()) + " |\n|---|" + "---:|" * len(columns))
-        for variant in sorted(dict.fromkeys(key[0] for key in mine), key=lambda name: name != baseline):
-            cells = [_cell(mine.get((variant, what)), mine.get((baseline, what)), what) for what in columns]
-            parts.append(
-                f"| {'bf16, stock Inductor' if variant == baseline else f'`{variant}`'} | " + " | ".join(cells) + " |"
-            )
-        parts.append("")
-    return "\n".join(parts).rstrip()
+def _run(record: Record) -> str:
+    return str(record.settings.get("run", ""))
 
 
-def _heading(model: str, records: list[Record]) -> str:
-    speed = next(r for r in records if r.what == "tpot")
-    s = speed.settings
-    return (
-        f"{model}, {s['prompt']}-token prompt, {s['new']} new tokens, batch {s.get('batch', 1)}, greedy, {s['threads']} threads, "
-        f"{speed.machine.cpu} ({speed.machine.tier}), {s['bandwidth_gbps']} GB/s read, torch {speed.machine.torch}, "
-        f"commit {speed.commit}, n = {speed.n} in turns; in parentheses the speed-up over the first row, in brackets "
-        "the share of the machine's limit, arithmetic for a prompt and memory for a token:\n"
-    )
-
-
-def _cell(record: Record | None, baseline: Record | None, what: str) -> str:
-    if record is None:
-        return "-"
-    text = f"{record.value:.0f}"
-    if what in ("ttft", "tpot") and baseline is not None and baseline is not record:
-        text += f" ({baseline.value / record.value:.2f}x)"
-    if record.share_of_limit is not None:
-        text += f" [{record.share_of_limit:.0%}]"
-    return text
+def _case(record: Record) -> tuple[Any, ...]:
+    s = record.settings
+    return s.get("model"), s.get("prompt"), s.get("batch", 1)
 
 
 def linear_markdown(records: Iterable[Record]) -> str:
@@ -179,7 +139,8 @@ def updated(readme: str, folder: Path) -> str:
     """The README's text with every marked part made anew from the ``.jsonl`` files of a folder."""
     records = [record for path in sorted(folder.glob("*.jsonl")) for record in read(path)]
     for part, made in (
-        (RESULTS, markdown(records)),
+        (RESULTS, recipes_markdown(records)),
+        (PEERS, recipes_markdown(records, peers=True)),
         (LINEAR, linear_markdown(records)),
         (SPECULATION, speculation_markdown(records)),
     ):

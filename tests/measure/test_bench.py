@@ -159,6 +159,8 @@ def test_the_command_writes_records_and_prints_a_table(folder: Path, tmp_path: P
         (("--batch", "0"), "--batch 0: accepted"),
         (("--draft-with", "stock"), "give one with --draft"),
         (("--draft", "ngram", "--draft-with", "w3a8"), "--draft-with w3a8 is not among"),
+        (("--stats-with", "w8a8-dynamic"), "--stats-with w8a8-dynamic is no scheme with int8 activations among"),
+        (("--schemes", "w4a8-g128", "--stats-with", "w4a8-g128"), "give statistics with --stats"),
         (("--schemes", "recipe"), "a recipe needs both --recipe FILE"),
         (("--text", "/does/not/exist"), "does not exist"),
     ],
@@ -198,6 +200,9 @@ def test_statistics_go_to_the_schemes_that_take_them() -> None:
     assert calibrated.of("w8a8-static")["stats"] == Path("s.stats")
     assert (calibrated.name("w8a16"), calibrated.of("w8a16")["stats"]) == ("w8a16", None)
     assert (calibrated.of("recipe")["scheme"], calibrated.of("recipe")["recipe"]) == (None, Path("r.json"))
+    few = Calibrated(Path("s.stats"), only=["w8a8-static"])
+    assert few.stats_for("w8a8-static") == few.stats_for("recipe") == Path("s.stats")
+    assert (few.name("w4a8-g128"), few.stats_for("w4a8-g128")) == ("w4a8-g128", None)
 
 
 def test_costs_of_one_process(folder: Path, eager: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,38 +23,39 @@ def test_readme_is_up_to_date() -> None:
     assert table.updated(readme, ROOT / "benchmarks" / "results") == readme
 
 
-def test_ratios_shares_and_the_latest() -> None:
-    text = table.markdown(
-        [
-            record("tpot", "inductor", 100.0),
-            record("tpot", "w4a16-g128", 60.0),
-            record("tpot", "w4a16-g128", 25.0, share_of_limit=0.8),
-            record("ttft", "w4a16-g128", 50.0),
-        ]
-    )
-    assert "| bf16, stock Inductor | - | 100 |" in text
-    assert "| `w4a16-g128` | 50 | 25 (4.00x) [80%] |" in text
+def run(when: str, *records: Record, **more: object) -> list[Record]:
+    return [replace(r, settings={**r.settings, "run": when, **more}) for r in records]
 
 
-def test_a_table_for_each_prompt() -> None:
-    """What knows no prompt goes with the shortest one."""
-    long = replace(record("tpot", "w8a16", 40.0), settings={**record("", "w8a16", 0).settings, "prompt": 1024})
-    memory = replace(record("rss", "w8a16", 900.0), settings={"model": "m", "variant": "w8a16"})
-    text = table.markdown([long, record("tpot", "w8a16", 30.0), memory])
-    assert text.count("| variant |") == 2
-    assert "1024-token prompt" in text
-    assert "| `w8a16` | 30 | 900 |" in text
-    assert "| `w8a16` | 40 |" in text
-
-
-def test_a_table_for_each_batch_and_the_baseline_by_either_name() -> None:
-    four = replace(record("tpot", "w8a16", 40.0), settings={**record("", "w8a16", 0).settings, "batch": 4})
-    text = table.markdown(
-        [record("tpot", "w8a16", 20.0), record("tpot", "inductor", 90.0), record("tpot", "stock", 80.0), four]
-    )
+def test_recipes_of_the_newest_run_with_quality_from_any() -> None:
+    """What was not measured in turns does not share a table."""
+    quality = replace(record("perplexity", "", 6.5), settings={"model": "m", "scheme": "w4a16-g128"})
+    records = [
+        *run("2", record("tpot", "stock", 100.0), record("tpot", "w4a16-g128", 25.0, share_of_limit=0.8)),
+        *run("1", record("tpot", "w4a16-g128", 60.0), record("tpot", "w8a16", 70.0)),
+        *run("0", record("tpot", "w8a16", 40.0), batch=4),
+        record("tpot", "w2a16-g32", 1.0),
+        quality,
+    ]
+    text = table.recipes_markdown(records)
+    assert "| bf16, stock Inductor | - | - | 100 | - |" in text
+    assert "| `w4a16-g128` | 6.500 | - | 25.0 (4.00x) [80%] | - |" in text
+    assert "70.0" not in text
+    assert "w2a16" not in text
     assert "batch 4, greedy" in text
-    assert "| bf16, stock Inductor | 80 |\n| `w8a16` | 20 (4.00x) |" in text
-    assert "| `w8a16` | 40 |" in text
+    assert "| `w8a16` | - | 40.0 | - |" in text
+
+
+def test_other_engines_have_a_table_of_their_own() -> None:
+    theirs = run("3", record("tpot", "stock", 90.0), record("tpot", "w8a16", 45.0))
+    theirs += run("3", record("tpot", "llama.cpp Q8_0", 50.0), peer=True)
+    ours = run("2", record("tpot", "stock", 100.0), record("tpot", "w8a16", 40.0))
+    with pytest.raises(ValueError, match="no run with other engines"):
+        table.recipes_markdown(ours, peers=True)
+    text = table.recipes_markdown(ours + theirs, peers=True)
+    assert "| llama.cpp Q8_0 | - | 50.0 (1.80x) | - |" in text
+    assert "| `w8a16` | - | 45.0 (2.00x) | - |" in text
+    assert "llama" not in table.recipes_markdown(ours + theirs)
 
 
 def linear(name: str, m: int, ms: float, n: int = 8960) -> Record:
@@ -77,7 +78,7 @@ def test_linear_layers() -> None:
 
 
 def test_marks_are_needed() -> None:
-    for part in (table.RESULTS, table.LINEAR):
+    for part in (table.RESULTS, table.PEERS, table.LINEAR):
         with pytest.raises(ValueError, match=f"{part}: begin"):
             table.insert("no marks", "table", part)
 

@@ -63,6 +63,11 @@ class Asked:
             raise OptionError(f"--draft-with {min(strange)} is not among --schemes {','.join(self.schemes)}")
         if self.draft_with and self.draft is None:
             raise OptionError("--draft-with says which schemes have a draft; give one with --draft")
+        only = self.calibrated.only
+        if strange := set(only) - {scheme for scheme in self.schemes if "a8" in scheme}:
+            raise OptionError(f"--stats-with {min(strange)} is no scheme with int8 activations among --schemes")
+        if only and self.calibrated.stats is None:
+            raise OptionError("--stats-with says which schemes are smoothed; give statistics with --stats")
         if self.text is not None and not self.text.exists():
             raise OptionError(f"--text {self.text} does not exist; accepted: a text file or a folder of them")
 

@@ -31,7 +31,7 @@ def measure_costs(model: str, variant: str, *, prompt: int, calibrated: Calibrat
     with tempfile.TemporaryDirectory(prefix="qpass-bench-") as folder:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "QPASS_CACHE": f"{folder}/qpass"}
         command = [sys.executable, "-m", __spec__.name, model, variant, str(prompt)]
-        command += [str(found_by.stats or ""), found_by.alpha, str(found_by.recipe or "")]
+        command += [str(found_by.stats_for(variant) or ""), found_by.alpha, str(found_by.recipe or "")]
         for state in ("cold", "warm"):
             done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True)
             if done.returncode:

@@ -51,15 +51,19 @@ class Calibrated:
     stats: Path | None = None
     alpha: str = "auto"
     recipe: Path | None = None
+    only: Sequence[str] = ()  # the schemes that take the statistics; none given: all with int8 activations
 
     def of(self, scheme: str) -> dict[str, Any]:
         """Arguments of ``qpass.compile``. Raises OptionError."""
-        if scheme == RECIPE:
-            return {"scheme": None, **session.calibration(self.stats, self.alpha, self.recipe)}
-        return {"scheme": scheme, **session.calibration(self.stats if self.smooths(scheme) else None, self.alpha, None)}
+        recipe = self.recipe if scheme == RECIPE else None
+        calibration = session.calibration(self.stats_for(scheme), self.alpha, recipe)
+        return {"scheme": None if scheme == RECIPE else scheme, **calibration}
+
+    def stats_for(self, scheme: str) -> Path | None:
+        return self.stats if scheme == RECIPE or self.smooths(scheme) else None
 
     def smooths(self, scheme: str) -> bool:
-        return self.stats is not None and "a8" in scheme
+        return self.stats is not None and (scheme in self.only if self.only else "a8" in scheme)
 
     def name(self, scheme: str) -> str:
         return f"{scheme} (smoothed)" if self.smooths(scheme) else scheme
