@@ -7,12 +7,17 @@ of the layer's output, which AWQ calls weight clipping (2306.00978, section 3.2 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from qpass.algorithms.rtn import grouped, storable
 from qpass.qweight import QWeight, zero_dtype
 from qpass.scheme import Format
+
+Cost = Callable[[Tensor], Tensor]
+"""What errors [rows, K/G, G] cost each row and group, [rows, K/G]; it may overwrite the errors."""
 
 STEPS = 24
 """Shrunken ranges that are tried, evenly from the whole one down to :func:`_lowest_shrink`."""
@@ -72,7 +77,7 @@ def span(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     return scales, zeros
 
 
-def _fit_chunk(w: Tensor, format: Format, cost) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def _fit_chunk(w: Tensor, format: Format, cost: Cost) -> tuple[Tensor, Tensor]:
     whole, middle = _whole(w, format)
     best_scales, best_zeros = whole.clone(), middle.clone()
     best = torch.full_like(whole, float("inf"))
@@ -125,8 +130,7 @@ def _lowest_shrink(format: Format) -> float:
     return {2: 0.3, 3: 0.45, 4: 0.55}.get(format.bits, 0.8)
 
 
-def _cost_of(importance: Tensor | None, groups: int, group: int):  # type: ignore[no-untyped-def]
-    """What errors [rows, K/G, G] cost each row and group: [rows, K/G]."""
+def _cost_of(importance: Tensor | None, groups: int, group: int) -> Cost:
     if importance is None:
         return lambda error: error.square_().sum(dim=2)
     if not bool(torch.isfinite(importance).all()):
