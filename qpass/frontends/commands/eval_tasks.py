@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from qpass.frontends.hf import Loaded
     from qpass.measure.record import Record
+    from qpass.runtime.speculate import Speculator
 
 SEGMENT = 2048
 """Tokens in a row that a part of a long text is read in; the parts are spread over all of it."""
@@ -144,7 +145,6 @@ def code_quality(
     console: Console,
 ) -> None:
     """HumanEval. Answers stand in a file beside the output, so that an interrupted run goes on."""
-    from qpass.frontends.speculation import Speculation
     from qpass.measure import humaneval, humaneval_samples, sandbox
 
     chosen = humaneval.problems(asked.problems)
@@ -155,15 +155,10 @@ def code_quality(
         return
     for each in sandbox.check(humaneval.LIMITS):
         console.print(f"[yellow]the sandbox is not whole: {each}[/yellow]")
-    release = scheme not in (FULL, "w16a16")  # nothing reads the full weights any more
-    fast = compiled(asked, scheme, loaded, release_weights=release)
-    spec = Speculation(fast, asked.draft, tokenizer=loaded.tokenizer)
-    session.tell_attention(spec.decoder)
-    with progress.waiting(f"{scheme}: compiling for {asked.batch} rows"):
-        spec.warm_up(asked.batch)
+    speculator = _answering(asked, scheme, loaded)
     answers = functools.partial(
         humaneval_samples.generate,
-        spec.speculator,
+        speculator,
         loaded.tokenizer,
         chosen,
         about=about,
@@ -181,3 +176,26 @@ def code_quality(
     cut = sum(not sample.finished for sample in samples.values())
     tokens = sum(sample.tokens for sample in samples.values())
     keep(humaneval.records(verdicts, {**about, "unfinished": cut, "new_tokens": tokens, "draft": asked.draft}))
+
+
+def _answering(asked: Asked, scheme: str, loaded: Loaded) -> Speculator:
+    """What answers HumanEval's prompts, compiled for a batch."""
+    from qpass.frontends.speculation import Speculation
+    from qpass.runtime.decoder import Decoder
+    from qpass.runtime.speculate import Speculator
+
+    waiting = progress.waiting(f"{scheme}: compiling for {asked.batch} rows")
+    if scheme == FULL and asked.draft is None:
+        decoder = Decoder(loaded.model, session.baseline(loaded.model, frozen=True))
+        session.tell_attention(decoder)
+        with waiting:
+            decoder.warm_up(asked.batch)
+        return Speculator(decoder)
+    release = scheme not in (FULL, "w16a16")  # nothing reads the full weights any more
+    spec = Speculation(
+        compiled(asked, scheme, loaded, release_weights=release), asked.draft, tokenizer=loaded.tokenizer
+    )
+    session.tell_attention(spec.decoder)
+    with waiting:
+        spec.warm_up(asked.batch)
+    return spec.speculator
