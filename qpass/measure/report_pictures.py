@@ -55,6 +55,7 @@ def recipe_markdown(model: Model, cases: Sequence[Case] | None = None) -> str:
             "of the limit (with a draft, of its own bound):\n"
         )
         passed = any(model.passed(row.scheme) for row in case.rows)
+        known = any(row.megabytes for row in case.rows)
         perplexity = any("perplexity" in model.quality.get(row.scheme, {}) for row in case.rows)
         head = [
             "recipe",
@@ -62,7 +63,7 @@ def recipe_markdown(model: Model, cases: Sequence[Case] | None = None) -> str:
             *["perplexity"] * perplexity,
             "TTFT ms",
             "TPOT ms",
-            "MB read a step",
+            *["MB read a step"] * known,
         ]
         parts.append("| " + " | ".join(head) + " |\n|---|" + "---:|" * (len(head) - 1))
         for row in case.rows:
@@ -83,7 +84,8 @@ def recipe_markdown(model: Model, cases: Sequence[Case] | None = None) -> str:
                 if record is not None and record.share_of_limit is not None:
                     text += f" [{record.share_of_limit:.0%}]"
                 cells.append(text)
-            cells.append(f"{row.megabytes:.0f}" if row.megabytes else "-")
+            if known:
+                cells.append(f"{row.megabytes:.0f}" if row.megabytes else "-")
             parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("")
     return "\n".join(parts).rstrip()

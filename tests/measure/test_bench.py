@@ -159,7 +159,7 @@ def test_the_command_writes_records_and_prints_a_table(folder: Path, tmp_path: P
         (("--batch", "0"), "--batch 0: accepted"),
         (("--draft-with", "stock"), "give one with --draft"),
         (("--draft", "ngram", "--draft-with", "w3a8"), "--draft-with w3a8 is not among"),
-        (("--stats-with", "w8a8-dynamic"), "--stats-with w8a8-dynamic is no scheme with int8 activations among"),
+        (("--stats-with", "w3a8-g64"), "--stats-with w3a8-g64 is no scheme with int8 activations among"),
         (("--schemes", "w4a8-g128", "--stats-with", "w4a8-g128"), "give statistics with --stats"),
         (("--schemes", "recipe"), "a recipe needs both --recipe FILE"),
         (("--text", "/does/not/exist"), "does not exist"),
