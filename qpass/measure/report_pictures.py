@@ -40,7 +40,8 @@ def _bars(case: Case) -> dict[str, list[tuple[str, Record]]]:
 def recipe_markdown(model: Model, cases: Sequence[Case] | None = None) -> str:
     """The recipe table of each prompt and batch: what is stored, quality, TTFT and TPOT, their gains over the first row
     and in brackets their shares of the machine's limit, bytes read, with machine, commit, n and spread."""
-    parts = []
+    parts: list[str] = []
+    said = ""
     for case in model.cases if cases is None else cases:
         speeds = [row.records[what] for row in case.rows for what in ("ttft", "tpot") if what in row.records]
         s, counts = case.settings, sorted({r.n for r in speeds})
@@ -48,12 +49,19 @@ def recipe_markdown(model: Model, cases: Sequence[Case] | None = None) -> str:
         turns = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
         commits = ", ".join(dict.fromkeys(r.commit for r in speeds))
         read = f", {float(s['bandwidth_gbps']):.1f} GB/s read" if "bandwidth_gbps" in s else ""
-        parts.append(
-            f"{model.name}, {case.prompt}-token prompt, {s.get('new', '?')} new tokens, batch {case.batch}, greedy, "
-            f"{s.get('threads', '?')} threads, {model.machine}{read}, torch {speeds[0].machine.torch}, commit {commits}, medians of "
-            f"{turns} turns, p90 at most {widest:.2f} of p10; in parentheses the gain over the first row, in brackets the share "
-            "of the limit (with a draft, of its own bound):\n"
+        about = (
+            f"{s.get('new', '?')} new tokens, batch {case.batch}, greedy, {s.get('threads', '?')} threads, {model.machine}, "
+            f"torch {speeds[0].machine.torch}, commit {commits}, medians of {turns} turns"
         )
+        noise = f"p90 at most {widest:.2f} of p10"
+        if about == said:
+            parts.append(f"The same with a {case.prompt}-token prompt{read}, {noise}:\n")
+        else:
+            parts.append(
+                f"{model.name}, {case.prompt}-token prompt, {about}{read}, {noise}; in parentheses the gain over the first row, "
+                "in brackets the share of the limit (with a draft, of its own bound):\n"
+            )
+        said = about
         passed = any(model.passed(row.scheme) for row in case.rows)
         known = any(row.megabytes for row in case.rows)
         perplexity = any("perplexity" in model.quality.get(row.scheme, {}) for row in case.rows)
