@@ -95,14 +95,14 @@ def test_the_cache_holds_what_it_would_have_held_without():
     rows, ids, mask = batch_of((3, 9))
     decoder = _Kept(tiny_decoders.build("qwen2"))
     Speculator(decoder).generate(ids, mask, max_new_tokens=NEW)
-    plain = decoder.cache
+    without = decoder.cache
     texts = [row[0].tolist() + plain(decoder, row) for row in rows]
     for draft in (
         Oracle(texts, [], wrong=lambda place: place % 3 == 0),
         LayersDraft(Decoder(first_layers(decoder.model, 1))),
     ):
         Speculator(decoder, draft, k=5).generate(ids, mask, max_new_tokens=NEW)
-        pairs = zip((*decoder.cache.keys, *decoder.cache.values), (*plain.keys, *plain.values), strict=True)
+        pairs = zip((*decoder.cache.keys, *decoder.cache.values), (*without.keys, *without.values), strict=True)
         for ours, theirs in pairs:
             for b, row in enumerate(rows):
                 held = row.shape[1] + NEW - 1
