@@ -102,7 +102,7 @@ def compiler(
 def baseline(model: Any = None, *, frozen: bool = False) -> Callable[..., Any]:
     """Stock Inductor, for comparison: the same steps, the same cache, bf16 weights.
 
-    ``frozen``: the weights are packed for oneDNN, which keeps a second copy of them; several times faster for a few rows.
+    ``frozen``: the weights are packed for oneDNN, which keeps a second copy of them.
     Raises UnsupportedError for a ``model`` that was loaded as codes.
     """
     import torch
