@@ -72,7 +72,7 @@ def loaded(model_folder: str, smoke: bool) -> Any:
 
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval().requires_grad_(False)
         return SimpleNamespace(model=model, tokenizer=None)
-    return load(model_folder)
+    return load(model_folder, codes=False)  # full precision, so that each scheme starts from the same weights
 
 
 @pytest.fixture

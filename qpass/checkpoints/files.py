@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qpass.checkpoints.validate import TensorInfo, check_files, check_link, read_header, read_json, refuse
@@ -56,11 +56,14 @@ class Checkpoint:
         return str(self.files[0] if len(self.files) == 1 else self.files[0].parent)
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the mapped file."""
+        """A view of the mapped file. Raises CheckpointError for what safetensors still finds wrong in it."""
         file = self.infos[name].file
-        if file not in self._opened:
-            self._opened[file] = safe_open(str(file), framework="pt")
-        return self._opened[file].get_tensor(name)
+        try:
+            if file not in self._opened:
+                self._opened[file] = safe_open(str(file), framework="pt")
+            return self._opened[file].get_tensor(name)
+        except SafetensorError as error:
+            refuse(file, name, str(error))
 
     def __deepcopy__(self, memo: object) -> Checkpoint:
         return self  # mapped files don't change

@@ -62,7 +62,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The tensors of a safetensors file and its metadata, nothing of it believed.
 
     Raises CheckpointError for a truncated file, a header that is no JSON, unknown dtypes, negative or huge shapes, sizes
-    that don't follow from them, and tensors that overlap, leave the file or come twice.
+    that don't follow from them, tensors that overlap, leave the file or come twice, and bytes of no tensor.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -82,7 +82,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     for info in sorted(infos.values(), key=lambda info: (info.begin, info.end)):
         if info.begin < at:
             refuse(path, info.name, "overlaps another tensor")
+        if info.begin > at:
+            refuse(path, info.name, f"follows {info.begin - at} bytes that belong to no tensor")
         at = info.end
+    if at != size - 8 - length:
+        refuse(path, "", f"ends in {size - 8 - length - at} bytes that belong to no tensor")
     return infos, metadata
 
 

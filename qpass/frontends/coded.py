@@ -63,6 +63,7 @@ def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if given is None or id(parameter) in tables or not name.endswith(".weight"):
             state[name] = parameter.detach()
             continue
+        given.check(parameter, name)
         module, (n, k) = name.removesuffix(".weight"), parameter.shape
         stored = (given.divisor, given.order, given.activation, given.source)
         tensors, modules[module] = artefact.to_tensors(StoredLinear(given.format, (n, k), given.read, *stored))

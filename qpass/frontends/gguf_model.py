@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def load_gguf(path: Path, dtype: torch.dtype, *, codes: bool = True) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from qpass.frontends.coded import given_from
@@ -41,7 +42,7 @@ def load_gguf(path: Path, dtype: torch.dtype, *, codes: bool = True) -> Any:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
-    names = get_gguf_hf_weights_map(skeleton, processor)
+    names = _names(skeleton, processor)
     tied = set(getattr(skeleton, "all_tied_weights_keys", {}).values())
     state, layers, dense = _read(file, skeleton, processor, names, dtype)
     _check(file, skeleton, state, layers)
@@ -55,6 +56,22 @@ def load_gguf(path: Path, dtype: torch.dtype, *, codes: bool = True) -> Any:
     for name in tied & layers.keys():  # the head multiplies by codes, the embedding reads values
         give(model.get_parameter(name), given_from(layers[name]))
     return model.eval()
+
+
+def _names(skeleton: Any, processor: Any) -> dict[str, str]:
+    """The model's name of each of the file's tensors.
+
+    transformers asks every module for its part of the table, and builds gguf's map of all names anew for each: seconds. Names are
+    those of the whole model, or (Bloom) of the model without its head.
+    """
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+    prefix = skeleton.base_model_prefix
+    inner = SimpleNamespace(state_dict=getattr(skeleton, prefix).state_dict, named_children=dict)
+    whole = SimpleNamespace(
+        config=skeleton.config, state_dict=skeleton.state_dict, named_children=lambda: [(prefix, inner)]
+    )
+    return get_gguf_hf_weights_map(whole, processor)
 
 
 def _read(

@@ -25,7 +25,7 @@ from qpass.frontends.blocks import Blocks, split
 from qpass.frontends.layers import Layer, layers_of
 from qpass.frontends.moments import Moments, check_finite, siblings, watching
 from qpass.frontends.resume import Finished, fingerprint
-from qpass.lowering.given import Given, give
+from qpass.lowering.given import Given, give, hash_of
 from qpass.qweight import QWeight
 
 ALGORITHMS = ("gptq", "awq", "awq+gptq", "clip", "rtn")
@@ -124,7 +124,8 @@ def _with_data(
         if linear.name in given:
             if write_back:
                 linear.write(_values(given[linear.name]))
-            give(linear.parameter, replace(given[linear.name], activation=linear.scheme.activation))
+            values, activation = hash_of(linear.parameter), linear.scheme.activation
+            give(linear.parameter, replace(given[linear.name], activation=activation, values=values))
     _without_data([x for x in linears if x.name not in given], "rtn", write_back)
 
 

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from qpass.errors import OptionError
 from qpass.qweight import QWeight
 from qpass.scheme import Activation, Format, Scheme
+
+SAMPLED_ROWS = 16
+"""Of a weight, to see whether its values changed; few enough that a mapped file's pages stay unread."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +32,7 @@ class Given:
     order       int64 [K], a permutation: column j of the codes multiplies x[..., order[j]] (GPTQ's act-order)
     activation  how activations meet the codes; None: as the scheme that the user chose says
     source      who found them, for explain
+    values      a hash of the weight's values that they were found for; None: the weight has no others
     """
 
     format: Format
@@ -36,6 +41,7 @@ class Given:
     order: Tensor | None = None
     activation: Activation | None = None
     source: str = "given"
+    values: int | None = None
 
     @classmethod
     def of(
@@ -56,10 +62,29 @@ class Given:
         """These codes, with the activations of the scheme that the user chose for the module."""
         return Scheme.of(self.format, self.activation or chosen.activation)
 
+    def check(self, parameter: Tensor, name: str = "") -> None:
+        """Raise OptionError where the weight's values are others by now: a merged adapter, a step of training."""
+        if self.values is not None and hash_of(parameter) not in (self.values, None):
+            raise OptionError(
+                f"{name or f'a weight {list(parameter.shape)}'}: its values changed since {self.source} found codes for them; "
+                "merge and train first, then quantize"
+            )
+
     @cached_property
     def input_key(self) -> str:
         """Equal for weights that want their input divided and ordered alike: they can share it."""
         return "|".join(_digest(tensor) for tensor in (self.divisor, self.order))
+
+
+def hash_of(parameter: Tensor) -> int | None:
+    """Of sixteen rows: a merged adapter or a step of training changes all. None for a weight without values (a released one).
+
+    Writes through ``.data``, as PEFT merges, leave no trace in a tensor's own count of writes.
+    """
+    if type(parameter) is not nn.Parameter:
+        return None
+    rows = parameter.detach()[:: -(-parameter.shape[0] // SAMPLED_ROWS) or 1]
+    return int(torch.hash_tensor(rows).item())
 
 
 def give(parameter: Tensor, given: Given) -> None:

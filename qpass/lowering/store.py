@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qpass.errors import ReleasedWeightError
-from qpass.lowering.given import Given, given_of
+from qpass.lowering.given import given_of, hash_of
 from qpass.qweight import QWeight
 from qpass.scheme import Format
 
@@ -69,7 +69,7 @@ class Packer(Protocol):
 @dataclass
 class _Entry:
     alive: tuple[weakref.ref[Tensor], ...]
-    versions: tuple[tuple[int, Given | None], ...]  # a Parameter's own count of writes, and what was given for it
+    versions: tuple[tuple, ...]  # a Parameter's own count of writes, a hash of its values, and what was given for it
     tensors: tuple[Tensor, ...]
 
 
@@ -91,6 +91,7 @@ class WeightStore:
         for ref in refs:
             given = given_of(ref.parameter)
             if given is not None and given.format == format:
+                given.check(ref.parameter)
                 parts.append(_scaled_codes(given.read(), ref.scaling))
                 continue
             name = self.is_released(ref.parameter)
@@ -106,6 +107,7 @@ class WeightStore:
         """What the weight is worth, [N, K]: its own values, or those of the codes that were given for it."""
         given = given_of(ref.parameter)
         if given is not None:
+            given.check(ref.parameter)
             return given.read().dequantize()
         name = self.is_released(ref.parameter)
         if name is not None:
@@ -140,7 +142,7 @@ class WeightStore:
     def _kept(
         self, key: tuple, refs: tuple[WeightRef, ...], make: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        versions = tuple((r.parameter._version, given_of(r.parameter)) for r in refs)
+        versions = tuple((r.parameter._version, hash_of(r.parameter), given_of(r.parameter)) for r in refs)
         entry = self.entries.get(key)
         if entry is None or any(ref() is None for ref in entry.alive) or entry.versions != versions:
             tensors = make()

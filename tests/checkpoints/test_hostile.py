@@ -60,6 +60,11 @@ BAD_HEADERS = {
         raw({"a": entry(shape=[2], offsets=[0, 8]), "b": entry(shape=[1], offsets=[4, 8])}, b"0" * 8),
         "b: overlaps another tensor",
     ),
+    "a gap": (
+        raw({"a": entry(), "b": entry(offsets=[6, 10])}, b"0" * 10),
+        "b: follows 2 bytes that belong to no tensor",
+    ),
+    "a tail": (raw({"a": entry()}, b"0" * 9), "ends in 5 bytes that belong to no tensor"),
     "nine dimensions": (raw({"a": entry(shape=[1] * 9)}, b"0000"), "a: has the shape"),
 }
 
@@ -70,6 +75,16 @@ def test_safetensors_headers(case: str, tmp_path: Path) -> None:
     path.write_bytes(BAD_HEADERS[case][0])
     with pytest.raises(CheckpointError, match=rf"model.safetensors: .*{BAD_HEADERS[case][1]}|{BAD_HEADERS[case][1]}"):
         Checkpoint([path])
+
+
+def test_what_only_safetensors_refuses(tmp_path: Path) -> None:
+    """Its reader is asked when a tensor is: what it says of a file is said as ours."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw({"a": entry()}, b"0000"))
+    checkpoint = Checkpoint([path])
+    path.write_bytes(b"another file by now")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: a: .*header"):
+        checkpoint.tensor("a")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import qpass
 from qpass.algorithms.rtn import rtn
 from qpass.errors import CheckpointError, OptionError, SchemeError
 from qpass.frontends import blocks, quantize
+from qpass.frontends.huggingface import save
 from qpass.lowering.given import given_of
 from qpass.lowering.released import release
 from qpass.passes import canonicalize, fold_smoothing, merge_siblings, quantize_linears
@@ -343,3 +344,12 @@ def test_bad_weights_are_named(llama) -> None:
         _quantized(llama)
     with pytest.raises(OptionError, match=r"takes an nn\.Module, not str"):
         qpass.quantize("model")
+
+
+def test_codes_of_other_values_are_refused(llama, tmp_path) -> None:
+    qpass.quantize(llama, _data(), scheme=SCHEME)
+    llama.get_parameter("model.layers.1.mlp.down_proj.weight").data += 0.01
+    with pytest.raises(OptionError, match=r"down_proj.weight: its values changed since gptq found codes"):
+        save(llama, tmp_path / "smaller")
+    with torch.no_grad(), pytest.raises(Exception, match="values changed since gptq found codes"):
+        qpass.compile(llama)(_data(rows=1))
