@@ -1,10 +1,11 @@
-"""What quantization costs in perplexity, by bits, group and algorithm, on text that nothing was calibrated on.
+"""What quantization costs in perplexity and KL divergence, by bits, group and algorithm, on text that nothing was calibrated on.
 
     python benchmarks/quantization.py MODEL --cells w4a16-g128:rtn,gptq,awq --cells w3a16-g64:rtn,gptq
     python benchmarks/quantization.py MODEL --grid            # bits 2, 3, 4 x groups 16, 32, 64, 128, rtn and gptq
     python benchmarks/quantization.py --report FILE           # the records of a file as tables
 
-The codes' values are put into the model, which runs in bf16 without compilation: nothing but the weights differs. Cells that
+The codes' values are put into the model, which runs in bf16 without compilation: nothing but the weights differs. Perplexity of one
+text may fall by chance where weights change; KL divergence from the unquantized model can't, so it compares algorithms. Cells that
 are in the output file are skipped, and a cell that was interrupted goes on behind its last finished block.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qpass
 from qpass.frontends import progress
 from qpass.measure.corpus import read_text, windows
+from qpass.measure.divergence import Divergence
 from qpass.measure.perplexity import Perplexity
 from qpass.measure.record import Record, append, read
 
@@ -53,7 +56,7 @@ def main() -> None:
         done = list(read(output)) if output.exists() else []
         if any(record.settings.get("cell") == wanted["cell"] for record in done):
             continue
-        append(output, [measure(arguments, wanted)])
+        append(output, measure(arguments, wanted))
         print(report(list(read(output))), flush=True)
 
 
@@ -71,10 +74,10 @@ def _settings(arguments: argparse.Namespace, scheme: str, algorithm: str) -> dic
 
 
 @torch.no_grad()
-def measure(arguments: argparse.Namespace, settings: dict) -> Record:
+def measure(arguments: argparse.Namespace, settings: dict) -> list[Record]:
     """Quantize one cell and measure it."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval().requires_grad_(False)
+    model = _load(arguments.model)
     start = time.monotonic()
     if settings["algorithm"] != "none":
         work = arguments.work or Path(tempfile.mkdtemp())
@@ -92,18 +95,36 @@ def measure(arguments: argparse.Namespace, settings: dict) -> Record:
     ids = tokenizer(
         read_text(None, "evaluation"), return_tensors="pt", add_special_tokens=False, verbose=False
     ).input_ids
-    found = Perplexity()
+    found, apart = Perplexity(), Divergence()
+    original = None if settings["algorithm"] == "none" else _load(arguments.model)
     for window in windows(ids[0], LENGTH, arguments.evaluation):
-        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
-        found.add(logits.float().log_softmax(-1), window[1:])
-    return found.records(settings | {"quantize_s": round(seconds, 1)})[0]
+        predicted = _log_probabilities(model, window)
+        found.add(predicted, window[1:])
+        if original is not None:
+            apart.add(_log_probabilities(original, window), predicted)
+    settings = settings | {"quantize_s": round(seconds, 1)}
+    return found.records(settings) + ([] if original is None else apart.records(settings))
+
+
+def _load(folder: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().requires_grad_(False)
+
+
+def _log_probabilities(model: Any, window: torch.Tensor) -> torch.Tensor:
+    """fp32 [L - 1, V]: at each token but the last."""
+    logits: torch.Tensor = model(input_ids=window[None], use_cache=False).logits[0, :-1]
+    return logits.float().log_softmax(-1)
 
 
 def report(records: list[Record]) -> str:
-    """A table a model: perplexity, and its growth over the model as it was."""
+    """A table a model: perplexity, its growth over the model as it was, and KL divergence from it in thousandths of a nat."""
     lines = []
     for model in dict.fromkeys(record.settings["model"] for record in records):
-        own = {(r.settings["scheme"], r.settings["algorithm"]): r for r in records if r.settings["model"] == model}
+        what: dict[str, dict[tuple[str, str], Record]] = {"perplexity": {}, "kl": {}}
+        for record in records:
+            if record.settings["model"] == model and record.what in what:
+                what[record.what][record.settings["scheme"], record.settings["algorithm"]] = record
+        own = what["perplexity"]
         plain = own.get(("w16a16", "none"))
         if plain is None:
             continue
@@ -117,11 +138,17 @@ def report(records: list[Record]) -> str:
             "|---|" + "---:|" * len(algorithms),
         ]
         for scheme in dict.fromkeys(scheme for scheme, _ in own if scheme != "w16a16"):
-            cells = [own.get((scheme, algorithm)) for algorithm in algorithms]
-            shown = ["-" if c is None else f"{c.value:.3f} ({100 * (c.value / plain.value - 1):+.1f}%)" for c in cells]
+            shown = [_cell(own.get((scheme, a)), what["kl"].get((scheme, a)), plain) for a in algorithms]
             lines.append(f"| `{scheme}` | " + " | ".join(shown) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _cell(perplexity: Record | None, kl: Record | None, plain: Record) -> str:
+    if perplexity is None:
+        return "-"
+    told = f"{perplexity.value:.3f} ({100 * (perplexity.value / plain.value - 1):+.1f}%)"
+    return told if kl is None else f"{told}, {1000 * kl.value:.1f}"
 
 
 if __name__ == "__main__":

@@ -239,6 +239,20 @@ def quantize(
         )
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help="A folder that qpass quantize wrote, or any other that transformers serves.")
+    ],
+) -> None:
+    """transformers serve for a quantized model: OpenAI's protocol on localhost:8000; options are passed on (--port, --host)."""
+    with spoken(debug=False):
+        from qpass.frontends.commands import serve as command
+
+        command.serve(model, context.args)
+
+
 app.command()(cli_measure.kernels)
 app.command()(cli_measure.profile)
 app.command("eval")(cli_measure.evaluate)

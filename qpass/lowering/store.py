@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qpass.errors import ReleasedWeightError
-from qpass.lowering.given import given_of, hash_of
+from qpass.lowering.given import Given, given_of, hash_of
 from qpass.qweight import QWeight
 from qpass.scheme import Format
 
@@ -69,8 +69,14 @@ class Packer(Protocol):
 @dataclass
 class _Entry:
     alive: tuple[weakref.ref[Tensor], ...]
-    versions: tuple[tuple, ...]  # a Parameter's own count of writes, a hash of its values, and what was given for it
+    versions: tuple[tuple[int, Given | None], ...]  # a Parameter's own count of writes, and what was given for it
+    values: tuple[int | None, ...]  # hashes
     tensors: tuple[Tensor, ...]
+
+    def serves(self, versions: tuple[tuple[int, Given | None], ...], values: tuple[int | None, ...]) -> bool:
+        """Whether these are its Parameters as they were; one that was released since has no values to compare."""
+        same = all(now in (None, then) for now, then in zip(values, self.values, strict=True))
+        return same and self.versions == versions and all(ref() is not None for ref in self.alive)
 
 
 @dataclass
@@ -142,12 +148,13 @@ class WeightStore:
     def _kept(
         self, key: tuple, refs: tuple[WeightRef, ...], make: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        versions = tuple((r.parameter._version, hash_of(r.parameter), given_of(r.parameter)) for r in refs)
+        versions = tuple((r.parameter._version, given_of(r.parameter)) for r in refs)
+        values = tuple(hash_of(r.parameter) for r in refs)
         entry = self.entries.get(key)
-        if entry is None or any(ref() is None for ref in entry.alive) or entry.versions != versions:
+        if entry is None or not entry.serves(versions, values):
             tensors = make()
             alive = tuple(weakref.ref(r.parameter, lambda _, key=key: self.entries.pop(key, None)) for r in refs)
-            entry = _Entry(alive, versions, tensors)
+            entry = _Entry(alive, versions, values, tensors)
             self.entries[key] = entry
         return entry.tensors
 

@@ -40,6 +40,7 @@ def test_help_names_the_commands_and_imports_no_torch():
         "profile",
         "eval",
         "quantize",
+        "serve",
         "bench",
         "compare",
         "report",
@@ -50,7 +51,20 @@ def test_help_names_the_commands_and_imports_no_torch():
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "run", "explain", "kernels", "profile", "eval", "quantize", "bench", "compare", "report", "doctor"],
+    [
+        "demo",
+        "run",
+        "explain",
+        "kernels",
+        "profile",
+        "eval",
+        "quantize",
+        "serve",
+        "bench",
+        "compare",
+        "report",
+        "doctor",
+    ],
 )
 def test_every_command_has_help(command):
     out = _qpass(command, "--help")
