@@ -24,7 +24,11 @@ if not (exported / "done").exists():
     command += ["--task", "text-generation-with-past", *FORMATS[variant], str(exported)]
     subprocess.run(command, check=True, stdout=sys.stderr)
     (exported / "done").touch()
-pipe = openvino_genai.LLMPipeline(str(exported), "CPU", INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT="LATENCY")
+scheduler = openvino_genai.SchedulerConfig()
+scheduler.enable_prefix_caching = False  # on by default: the second turn's prompt would be there already
+pipe = openvino_genai.LLMPipeline(
+    str(exported), "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT="LATENCY"
+)
 
 
 class Stream(openvino_genai.StreamerBase):

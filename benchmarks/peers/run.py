@@ -70,8 +70,11 @@ class Process:
                 raise Refused(f"no answer within {seconds:.0f} s")
         line = self.child.stdout.readline()
         if not line:
+            if (code := self.child.wait()) < 0:
+                why = ", as the kernel does where memory runs out" if -code == signal.SIGKILL else ""
+                raise Refused(f"was ended by {signal.Signals(-code).name}{why}")
             last = [text for text in self.log.read_text(errors="replace").splitlines() if text.strip()]
-            raise Refused(last[-1].strip()[:300] if last else f"ended with code {self.child.wait()}")
+            raise Refused(last[-1].strip()[:300] if last else f"ended with code {code}")
         answer = json.loads(line)
         if "error" in answer:
             raise Refused(answer["error"][:300])

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from qpass.measure.record import Record
 
-BASELINES = ("stock", "inductor", "bf16")
+BASELINES = ("stock", "stock-frozen", "inductor", "bf16")
 """What a variant's speed-up is over: the first of these that is there."""
 COSTS = {
     "load": "load s",

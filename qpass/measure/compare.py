@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from qpass.measure.record import Record
 
-BASELINES = ("stock", "inductor", "bf16", "bf16-onednn", "w16a16")
+BASELINES = ("stock", "stock-frozen", "inductor", "bf16", "bf16-onednn", "w16a16")
 """Rows that a set's other rows are held against: the first of these that both sets have."""
 
 IDENTITY = (

@@ -9,7 +9,7 @@ from qpass.measure.compare import latest
 from qpass.measure.record import Record
 
 BASELINE = "stock"
-LABELS = {BASELINE: "bf16, stock Inductor"}
+LABELS = {BASELINE: "bf16, stock Inductor", "stock-frozen": "bf16, Inductor with frozen weights"}
 ALIASES = {"inductor": BASELINE, "bf16": BASELINE}  # as older records and those of quality call it
 QUALITY = ("perplexity", "kl", "top1_agreement", "humaneval", "pass@1")
 PASS = ("humaneval", "pass@1", "humaneval_pass@1", "humaneval_pass_at_1")

@@ -16,7 +16,7 @@ from qpass.cpu import Rates
 from qpass.errors import QpassError
 from qpass.frontends.cli import app
 from qpass.frontends.commands import bench_costs, session
-from qpass.frontends.commands.bench_variants import STOCK, Calibrated, _generate, work_of
+from qpass.frontends.commands.bench_variants import BASELINES, STOCK, Calibrated, _generate, work_of
 from qpass.kernels.rates import measured_rates
 from qpass.measure import bench, bench_machine
 from qpass.measure.bench import Contender, Outcome, Work, measure_case
@@ -128,7 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stock without Inductor: what the commands do with a variant is the same. The machine is looked at once."""
-    monkeypatch.setattr(session, "baseline", lambda model=None: lambda function: function)
+    monkeypatch.setattr(session, "baseline", lambda model=None, frozen=False: lambda function: function)
     monkeypatch.setattr(bench_machine, "measure", lambda cpu: measured_rates())
 
 
@@ -205,8 +205,9 @@ def test_statistics_go_to_the_schemes_that_take_them() -> None:
     assert (few.name("w4a8-g128"), few.stats_for("w4a8-g128")) == ("w4a8-g128", None)
 
 
-def test_costs_of_one_process(folder: Path, eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = bench_costs.once(str(folder), STOCK, 8, Calibrated())
+@pytest.mark.parametrize("variant", BASELINES)
+def test_costs_of_one_process(folder: Path, eager: None, variant: str) -> None:
+    found = bench_costs.once(str(folder), variant, 8, Calibrated())
     assert set(found) == {"load", "peak_load", "compile", "peak_compile", "peak_run", "rss"}
     assert min(found.values()) > 0
     assert found["peak_run"] >= 0.9 * found["rss"] > 50  # MB: torch alone is more

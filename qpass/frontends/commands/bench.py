@@ -13,7 +13,7 @@ from rich.console import Console
 from qpass.errors import OptionError
 from qpass.frontends import progress
 from qpass.frontends.commands import session
-from qpass.frontends.commands.bench_variants import RECIPE, STOCK, Calibrated, Draft, contenders
+from qpass.frontends.commands.bench_variants import BASELINES, RECIPE, Calibrated, Draft, contenders
 
 
 def words(option: str, text: str) -> list[str]:
@@ -51,7 +51,7 @@ class Asked:
         from qpass.scheme import Scheme
 
         for scheme in self.schemes:
-            if scheme not in (STOCK, RECIPE):
+            if scheme not in (*BASELINES, RECIPE):
                 Scheme.parse(scheme)
         if (RECIPE in self.schemes) != (self.calibrated.recipe is not None):
             raise OptionError("a recipe needs both --recipe FILE and the name recipe among --schemes")
@@ -108,7 +108,7 @@ def _records(model: str, asked: Asked) -> Iterator[Any]:
                 yield from measure_costs(model, scheme, prompt=min(asked.prompt_len), calibrated=asked.calibrated)
     loaded = load(model)
     common = {"model": name, "threads": torch.get_num_threads(), "run": time.strftime("%Y-%m-%dT%H:%M:%S")}
-    drafted = asked.draft_with or [scheme for scheme in asked.schemes if scheme != STOCK]
+    drafted = asked.draft_with or [scheme for scheme in asked.schemes if scheme not in BASELINES]
     runs = contenders(
         loaded, asked.schemes, asked.batch[0], asked.draft, drafted if asked.draft else (), asked.calibrated
     )

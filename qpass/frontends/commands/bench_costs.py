@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qpass.errors import QpassError
-from qpass.frontends.commands.bench_variants import RECIPE, STOCK, Calibrated
+from qpass.frontends.commands.bench_variants import BASELINES, FROZEN, RECIPE, Calibrated
 
 NEW = 8
 
@@ -49,7 +49,7 @@ def once(model: str, variant: str, prompt: int, calibrated: Calibrated) -> dict[
     from qpass.frontends.commands import session
 
     session.prepare()
-    session.check(model, "w16a16" if variant in (STOCK, RECIPE) else variant)
+    session.check(model, "w16a16" if variant in (*BASELINES, RECIPE) else variant)
     from functools import partial
 
     import torch
@@ -71,8 +71,8 @@ def once(model: str, variant: str, prompt: int, calibrated: Calibrated) -> dict[
     loaded = load(model)
     found["load"] = time.perf_counter() - started
     stage("load")
-    if variant == STOCK:
-        compile = session.baseline(loaded.model)
+    if variant in BASELINES:
+        compile = session.baseline(loaded.model, frozen=variant == FROZEN)
     else:
         compile = partial(qpass.compile, release_weights=True, fullgraph=True, dynamic=False, **calibrated.of(variant))
     decoder = Decoder(loaded.model, compile)

@@ -13,7 +13,9 @@ from qpass.frontends.commands import session
 
 RECIPE = "recipe"
 """Each layer in the scheme that a recipe says."""
-STOCK = "stock"
+STOCK, FROZEN = "stock", "stock-frozen"
+BASELINES = (STOCK, FROZEN)
+"""Inductor as torch.compile comes, and with its weights packed once a graph (freezing): faster, and twice the memory or more."""
 """Inductor on the unquantized model, in the same loop on the same static cache."""
 
 
@@ -88,8 +90,8 @@ def _of_scheme(loaded: Any, scheme: str, batch: int, draft: Draft | None, calibr
     from qpass.runtime.decoder import Decoder
     from qpass.runtime.speculate import Speculator
 
-    if scheme == STOCK:
-        decoder = Decoder(loaded.model, session.baseline(loaded.model))
+    if scheme in BASELINES:
+        decoder = Decoder(loaded.model, session.baseline(loaded.model, frozen=scheme == FROZEN))
         decoder.warm_up(batch)
         plain = Contender(scheme, partial(_generate, Speculator(decoder), None), work_of(loaded, decoder, scheme))
         return [Run(scheme, plain, decoder, decoder.warm_up)]
@@ -146,7 +148,7 @@ def work_of(loaded: Any, decoder: Any, scheme: str) -> Any:
         if id(m) not in tables and getattr(getattr(m, "weight", None), "dim", lambda: 0)() == 2
     }
     size = sum(weight.numel() * weight.element_size() for weight in matrices.values())
-    if scheme != STOCK:
+    if scheme not in BASELINES:
         explained = qpass.explain(decoder.likely_step)
         size += explained.bytes_after - explained.bytes_before
     head_macs = head.weight.numel() if head is not None else 0
@@ -160,5 +162,7 @@ def work_of(loaded: Any, decoder: Any, scheme: str) -> Any:
         macs=sum(weight.numel() for weight in matrices.values()) - head_macs,
         head_macs=head_macs,
         attention_macs=attention,
-        peak="int8" if scheme not in (STOCK, RECIPE) and Scheme.parse(scheme).activation.startswith("a8") else "bf16",
+        peak="int8"
+        if scheme not in (*BASELINES, RECIPE) and Scheme.parse(scheme).activation.startswith("a8")
+        else "bf16",
     )

@@ -14,7 +14,8 @@ def serve(model: str, options: list[str]) -> None:
 
     if not is_serve_available():
         raise OptionError("transformers' server is not installed: pip install 'qpass[serve]'")
-    import qpass.frontends.huggingface  # noqa: F401  registers the artefact
     from transformers.cli.transformers import app
+
+    import qpass.frontends.huggingface  # noqa: F401  registers the artefact
 
     app(args=["serve", model, *options], prog_name="qpass")
