@@ -125,11 +125,12 @@ def _case(model: Model, case: Case, first: bool) -> str:
         f"{case.prompt}-token prompt, {s.get('new', '?')} new tokens, batch {case.batch}, greedy, {s.get('threads', '?')} threads"
         f"{bandwidth}; medians of {turns} turns, commit {commits}"
     )
-    heading = f"<h3>{case.prompt}-token prompt, batch {case.batch}</h3>"
+    beside = ", beside other engines" if case.beside else ""
+    heading = f"<h3>{case.prompt}-token prompt, batch {case.batch}{beside}</h3>"
     table = _recipes(model, case)
     drawn = f'<div class="figures">{figures.times(case, "tpot")}{figures.times(case, "ttft")}</div>'
     doubts = _doubts(case)
-    if first:
+    if first or case.beside:
         return f'{heading}<p class="note">{safe(words)}</p>{table}{doubts}{drawn}'
     return (
         f'{heading}<p class="note">{safe(words)}</p>{drawn}<details><summary>numbers</summary>{table}</details>{doubts}'

@@ -53,11 +53,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """Variants of one model, prompt and batch on one machine."""
+    """Variants of one model, prompt and batch on one machine, measured in one run; ``beside``: with other engines."""
 
     prompt: int
     batch: int
     rows: tuple[Row, ...]
+    beside: bool = False
 
     @property
     def settings(self) -> dict:
@@ -98,11 +99,31 @@ def variant_of(record: Record) -> str:
     return ALIASES.get(name, name)
 
 
+Place = tuple[str, str, int, int, bool]
+"""Model, machine, prompt, batch, and whether the run had other engines."""
+
+
+def newest_runs(records: Iterable[Record]) -> dict[Place, list[Record]]:
+    """The times of the newest run of each place: only what was measured in turns compares."""
+    times = [r for r in records if r.what in TIMES and isinstance(r.settings.get("prompt"), int)]
+    beside = {_run(r) for r in times if r.settings.get("peer")}
+    found: dict[Place, dict[str, list[Record]]] = {}
+    for r in times:
+        s = r.settings
+        place = str(s.get("model")), machine_of(r), s["prompt"], int(s.get("batch", 1)), _run(r) in beside
+        found.setdefault(place, {}).setdefault(_run(r), []).append(r)
+    ordered = sorted(found.items(), key=lambda item: (item[0][4], item[0][2:]))
+    return {place: list(latest(runs[max(runs)]).values()) for place, runs in ordered}
+
+
+def _run(record: Record) -> str:
+    return str(record.settings.get("run", ""))
+
+
 def models(records: Iterable[Record]) -> list[Model]:
-    """By model and machine, in the order in which they come; of several records of one thing the last counts."""
+    """By model and machine, in the order in which they come; times of the newest runs, of all else the last record."""
     records = list(records)
     found: dict[tuple[str, str], Model] = {}
-    cases: dict[tuple[str, str, int, int], dict[str, Row]] = {}
     chosen = [*latest(records).values(), *(r for r in records if r.what in ("trace", "absent"))]
     for r in chosen:
         name = r.settings.get("model")
@@ -111,10 +132,7 @@ def models(records: Iterable[Record]) -> list[Model]:
         key = name, machine_of(r)
         model = found.setdefault(key, Model(*key))
         variant = variant_of(r)
-        if r.what in TIMES and isinstance(r.settings.get("prompt"), int):
-            case = cases.setdefault((*key, r.settings["prompt"], int(r.settings.get("batch", 1))), {})
-            case.setdefault(variant, Row(variant)).records[r.what] = r
-        elif r.what in QUALITY or r.what in PASS:
+        if r.what in QUALITY or r.what in PASS:
             model.quality.setdefault(variant, {})[r.what] = r
         elif r.what in COSTS:
             model.costs.setdefault(variant, {})[r.what] = r
@@ -126,8 +144,13 @@ def models(records: Iterable[Record]) -> list[Model]:
             model.traces = [t for t in model.traces if t.settings.get("variant") != variant] + [r]
         elif r.what == "absent":
             model.absent = [a for a in model.absent if a.settings.get("variant") != variant] + [r]
-    for (name, machine, prompt, batch), rows in sorted(cases.items(), key=lambda item: item[0][2:]):
-        found[name, machine].cases.append(Case(prompt, batch, _ordered(list(rows.values()))))
+    for (name, machine, prompt, batch, beside), times in newest_runs(records).items():
+        rows: dict[str, Row] = {}
+        for r in times:
+            variant = variant_of(r)
+            rows.setdefault(variant, Row(variant)).records[r.what] = r
+        if (name, machine) in found:
+            found[name, machine].cases.append(Case(prompt, batch, _ordered(list(rows.values())), beside))
     for model in found.values():
         for runs in model.verify.values():
             runs.sort(key=lambda r: r.settings["k"])

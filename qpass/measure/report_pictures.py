@@ -23,7 +23,8 @@ def write(records: Iterable[Record], folder: Path) -> list[Path]:
         table.write_text(recipe_markdown(model) + "\n", encoding="utf-8")
         written.append(table)
         for case in model.cases:
-            picture = folder / f"{name}-prompt-{case.prompt}x{case.batch}.png"
+            beside = "-beside" if case.beside else ""
+            picture = folder / f"{name}-prompt-{case.prompt}x{case.batch}{beside}.png"
             draw_times(
                 _bars(case), f"{model.name}, {case.prompt}-token prompt, batch {case.batch}, {model.machine}", picture
             )

@@ -9,10 +9,9 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from qpass.measure.record import Record, read
-from qpass.measure.report_data import PASS, QUALITY, TIMES, models
+from qpass.measure.report_data import models
 from qpass.measure.report_pictures import recipe_markdown
 
 RESULTS, PEERS, LINEAR, SPECULATION = "results", "peers", "linear", "speculation"
@@ -33,31 +32,18 @@ LINEAR_TOKENS = 1, 4, 8, 16, 128, 512
 
 
 def recipes_markdown(records: Iterable[Record], *, peers: bool = False) -> str:
-    """The recipe table of each model, prompt and batch: rows of the newest run of it, because only what was measured in
-    turns compares; quality from whichever run. ``peers``: of runs with other engines, else of those without.
+    """The recipe table of each model, prompt and batch, of runs with other engines (``peers``) or of those without.
 
     Raises ValueError where there is no such run.
     """
-    records = list(records)
-    beside = {_run(r) for r in records if r.settings.get("peer")}
-    times = [r for r in records if r.what in TIMES and _run(r) and (_run(r) in beside) == peers]
-    if not times:
+    parts = []
+    for model in models(records):
+        cases = [case for case in model.cases if case.beside == peers and "run" in case.settings]
+        if cases:
+            parts.append(recipe_markdown(model, cases))
+    if not parts:
         raise ValueError(f"no run {'with' if peers else 'without'} other engines")
-    newest: dict[tuple[Any, ...], str] = {}
-    for r in times:
-        newest[_case(r)] = max(_run(r), newest.get(_case(r), ""))
-    chosen = [r for r in times if newest[_case(r)] == _run(r)]
-    quality = [r for r in records if r.what in QUALITY or r.what in PASS]
-    return "\n\n".join(recipe_markdown(model) for model in models([*chosen, *quality]) if model.cases)
-
-
-def _run(record: Record) -> str:
-    return str(record.settings.get("run", ""))
-
-
-def _case(record: Record) -> tuple[Any, ...]:
-    s = record.settings
-    return s.get("model"), s.get("prompt"), s.get("batch", 1)
+    return "\n\n".join(parts)
 
 
 def linear_markdown(records: Iterable[Record]) -> str:

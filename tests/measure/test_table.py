@@ -9,6 +9,7 @@ import pytest
 
 from qpass.measure import table
 from qpass.measure.record import Machine, Record
+from qpass.measure.report_data import models
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +58,8 @@ def test_other_engines_have_a_table_of_their_own() -> None:
     assert "| llama.cpp Q8_0 | - | 50.0 (1.80x) |" in text
     assert "| `w8a16` | - | 45.0 (2.00x) |" in text
     assert "llama" not in table.recipes_markdown(ours + theirs)
+    (model,) = models(ours + theirs)
+    assert [(case.beside, case.rows[0].records["tpot"].value) for case in model.cases] == [(False, 100.0), (True, 90.0)]
 
 
 def linear(name: str, m: int, ms: float, n: int = 8960) -> Record:
