@@ -23,7 +23,7 @@ _TAIL = 4
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer. ``about`` is what it depends on (model, scheme, prompts, lengths): another's answers are not reused."""
+    """One answer. ``about`` is what it depends on (model, scheme, prompts, lengths, stops): another's answers are not reused."""
 
     task_id: str
     completion: str  # what stands behind the prompt in the program
@@ -75,12 +75,14 @@ def generate(
     time. Problems of like length share a batch, and the last one is filled up: one batch size, few graphs."""
     if batch < 1:
         raise OptionError(f"batch is {batch}; accepted: 1 or more")
-    about = json.loads(json.dumps(about))
+    questions = {name: Question.of(problem, tokenizer, chat) for name, problem in chosen.items()}
+    stops = sorted({stop for question in questions.values() for stop in question.stops})
+    about = json.loads(json.dumps({**about, "stops": stops}))
     found = {name: sample for name, sample in read(path, about).items() if name in chosen}
-    questions = {name: Question.of(problem, tokenizer, chat) for name, problem in chosen.items() if name not in found}
     ids = {
         name: tokenizer(question.text, add_special_tokens=question.special).input_ids
         for name, question in questions.items()
+        if name not in found
     }
     names = sorted(ids, key=lambda name: (-len(ids[name]), name))  # the longest first: what doesn't fit is told at once
     for at in range(0, len(names), batch):
