@@ -7,6 +7,13 @@ class QpassError(RuntimeError):
     """The root of all of them."""
 
 
+def raise_ours(error: Exception) -> None:
+    """Raise the error of ours that Dynamo wrapped in its own, as it does with what a backend raises, if there is one."""
+    own = getattr(error, "inner_exception", error)
+    if isinstance(own, QpassError):
+        raise own from error
+
+
 class SchemeError(QpassError, ValueError):
     """A scheme's name or a choice of schemes that cannot be read."""
 

@@ -27,7 +27,7 @@ from qpass.kernels.build import find_compiler
 from qpass.lowering.released import release, released_name, return_memory
 from qpass.lowering.store import WeightStore
 from qpass.passes import run_pipeline
-from qpass.passes.context import Context
+from qpass.passes.context import Context, parameters_of
 
 STORE = WeightStore(algorithm=rtn, is_released=released_name)
 """One a process: a weight that several compiled models share is packed once."""
@@ -89,11 +89,7 @@ def _compile(
 ) -> Callable[..., Any]:
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
     _check(gm, placeholders, example_inputs)
-    parameters: dict[str, Tensor] = {
-        node.name: value
-        for node, value in zip(placeholders, example_inputs, strict=True)
-        if isinstance(value, nn.Parameter)
-    }
+    parameters = parameters_of(gm, example_inputs)
     started = time.perf_counter()
     with torch.no_grad(), progress.quantizing() as show:
         ctx = Context(

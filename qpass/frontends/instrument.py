@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 from qpass.algorithms.rtn import rtn
 from qpass.assignment import Assignment
 from qpass.cpu import detect
-from qpass.errors import OptionError, QpassError, UnsupportedError
+from qpass.errors import OptionError, QpassError, UnsupportedError, raise_ours
 from qpass.lowering.store import WeightRef, WeightStore
 from qpass.passes.canonicalize import canonicalize
-from qpass.passes.context import Context
+from qpass.passes.context import Context, parameters_of
 from qpass.passes.linears import LINEAR
 from qpass.passes.runner import run
 from qpass.passes.values import Writes
@@ -56,7 +56,7 @@ def instrument(
 ) -> Callable[[Any], Any]:
     """A function that runs ``model`` on a batch (a tensor, a tuple of arguments, a mapping of them), graphs uncompiled.
 
-    ``enter`` sees each input that linears read, once a call; ``linear`` computes each. The model is not touched. Raises
+    ``enter`` sees each input that linears read, once a call; ``linear`` computes each. The model is not touched.
     ``limit`` is how often torch may compile it anew, for other shapes of batches; what goes beyond is a QpassError. Raises
     UnsupportedError for a batch or a weight that is not on the CPU, and for a model in training mode.
     """
@@ -69,14 +69,8 @@ def instrument(
         enter(shared, x)
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        placeholders = gm.graph.find_nodes(op="placeholder")
-        parameters: dict[str, Tensor] = {
-            node.name: value
-            for node, value in zip(placeholders, example_inputs, strict=True)
-            if isinstance(value, nn.Parameter)
-        }
         ctx = Context(
-            parameters=parameters,
+            parameters=parameters_of(gm, example_inputs),
             scheme_of=Assignment.make("w16a16"),
             cpu=detect(),
             weights=WeightStore(algorithm=rtn),
@@ -101,9 +95,7 @@ def instrument(
             with torch.no_grad():
                 result = compiled(*args, **(extra | kwargs))
         except Exception as error:
-            own = getattr(error, "inner_exception", error)  # Dynamo wraps what a backend raises
-            if isinstance(own, QpassError):
-                raise own from error
+            raise_ours(error)
             raise
         if found and entered == before:  # Dynamo's answer to too many recompiles is an eager run, without a word
             raise QpassError(

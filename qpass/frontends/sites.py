@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from qpass.algorithms.rtn import rtn
 from qpass.assignment import Assignment
 from qpass.cpu import detect
-from qpass.errors import CheckpointError, QpassError, UnsupportedError
+from qpass.errors import CheckpointError, UnsupportedError, raise_ours
 from qpass.frontends.hf import locate
 from qpass.lowering.site import Site
 from qpass.lowering.store import WeightStore
 from qpass.passes import PIPELINE
-from qpass.passes.context import Context
+from qpass.passes.context import Context, parameters_of
 from qpass.passes.lower import lower
 from qpass.passes.runner import run
 
@@ -32,14 +32,8 @@ def sites_of(source: str, scheme: Any, exclude: Sequence[str] = ()) -> list[Site
     found: list[Site] = []
 
     def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        placeholders = gm.graph.find_nodes(op="placeholder")
-        parameters: dict[str, Tensor] = {
-            node.name: value
-            for node, value in zip(placeholders, example_inputs, strict=True)
-            if isinstance(value, nn.Parameter)
-        }
         ctx = Context(
-            parameters=parameters,
+            parameters=parameters_of(gm, example_inputs),
             scheme_of=assignment,
             cpu=detect(),
             weights=WeightStore(algorithm=rtn),
@@ -66,9 +60,7 @@ def sites_of(source: str, scheme: Any, exclude: Sequence[str] = ()) -> list[Site
                 torch.zeros(1, 4, dtype=torch.int64, device="meta"), use_cache=False
             )
     except Exception as error:
-        own = getattr(error, "inner_exception", error)  # Dynamo wraps what a backend raises
-        if isinstance(own, QpassError):
-            raise own from error
+        raise_ours(error)
         raise UnsupportedError(f"{source} could not be traced without its weights: {_first_line(error)}") from error
     return found
 

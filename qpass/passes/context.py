@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from qpass.cpu import Cpu
 from qpass.lowering.given import Given, given_of
@@ -34,6 +35,16 @@ class SiteRecord:
     predicted_ms: float | None = None  # by the performance model
     measured_ms: float | None = None
     dense_ms: float | None = None  # of the same layer as it was
+
+
+def parameters_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, Tensor]:
+    """The Parameters among the inputs of Dynamo's graph, by the names of their placeholders."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return {
+        node.name: value
+        for node, value in zip(placeholders, example_inputs, strict=True)
+        if isinstance(value, nn.Parameter)
+    }
 
 
 @dataclass
