@@ -11,11 +11,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qpass.measure.record import Record, read
-from qpass.measure.report_data import models
+from qpass.measure.report_data import LABELS, models
 from qpass.measure.report_pictures import recipe_markdown
 
-RESULTS, PEERS, LINEAR, SPECULATION = "results", "peers", "linear", "speculation"
-"""The marked parts: whole models in our variants; beside other engines; one linear layer; speculative decoding."""
+RESULTS, PEERS, COST, LINEAR, SPECULATION = "results", "peers", "costs", "linear", "speculation"
+"""The marked parts: whole models in our variants; beside other engines; before the first token; one linear layer; speculative decoding."""
+
+COSTS = {
+    "compile_cold": "compile s, cold",
+    "compile_warm": "warm",
+    "peak_compile": "peak MB, compiling",
+    "rss": "held MB, running",
+}
 
 LINEAR_COLUMNS = {
     "w4a8-g128": "`w4a8-g128`",
@@ -44,6 +51,30 @@ def recipes_markdown(records: Iterable[Record], *, peers: bool = False) -> str:
     if not parts:
         raise ValueError(f"no run {'with' if peers else 'without'} other engines")
     return "\n\n".join(parts)
+
+
+def costs_markdown(records: Iterable[Record]) -> str:
+    """What comes before the first token, a row a variant whose memory was measured too; each in processes of its own.
+
+    Raises ValueError where there is none.
+    """
+    parts = []
+    for model in models(records):
+        rows = {name: found for name, found in model.costs.items() if COSTS.keys() <= found.keys()}
+        if not rows:
+            continue
+        commits = ", ".join(dict.fromkeys(r.commit for found in rows.values() for r in found.values()))
+        parts += [
+            f"{model.name}, {model.machine}, commit {commits}, one process with empty caches and one behind it:\n",
+            "| variant | " + " | ".join(COSTS.values()) + " |",
+            "|---|" + "---:|" * len(COSTS),
+        ]
+        for name, found in rows.items():
+            label = LABELS.get(name, f"`{name}`")
+            parts.append(f"| {label} | " + " | ".join(f"{found[what].value:.0f}" for what in COSTS) + " |")
+    if not parts:
+        raise ValueError("no record of compile time and memory")
+    return "\n".join(parts)
 
 
 def linear_markdown(records: Iterable[Record]) -> str:
@@ -127,6 +158,7 @@ def updated(readme: str, folder: Path) -> str:
     for part, made in (
         (RESULTS, recipes_markdown(records)),
         (PEERS, recipes_markdown(records, peers=True)),
+        (COST, costs_markdown(records)),
         (LINEAR, linear_markdown(records)),
         (SPECULATION, speculation_markdown(records)),
     ):

@@ -62,6 +62,15 @@ def test_other_engines_have_a_table_of_their_own() -> None:
     assert [(case.beside, case.rows[0].records["tpot"].value) for case in model.cases] == [(False, 100.0), (True, 90.0)]
 
 
+def test_what_comes_before_the_first_token() -> None:
+    """Variants whose memory was not measured are left out."""
+    whole = [replace(record(what, "w4a16-g128", float(i + 1)), unit="s") for i, what in enumerate(table.COSTS)]
+    text = table.costs_markdown([*whole, record("compile_cold", "w8a16", 9.0)])
+    assert text.endswith("| `w4a16-g128` | 1 | 2 | 3 | 4 |")
+    with pytest.raises(ValueError, match="no record of compile time"):
+        table.costs_markdown(whole[:2])
+
+
 def linear(name: str, m: int, ms: float, n: int = 8960) -> Record:
     return replace(record("linear", "", ms), settings={"name": name, "n": n, "k": 1536, "m": m})
 
@@ -82,7 +91,7 @@ def test_linear_layers() -> None:
 
 
 def test_marks_are_needed() -> None:
-    for part in (table.RESULTS, table.PEERS, table.LINEAR):
+    for part in (table.RESULTS, table.PEERS, table.COST, table.LINEAR):
         with pytest.raises(ValueError, match=f"{part}: begin"):
             table.insert("no marks", "table", part)
 
