@@ -1,7 +1,7 @@
 """Peers and ours side by side: same prompt ids, same number of greedy tokens, same threads, same clock, in turns.
 
-    python benchmarks/peers/run.py MODEL [--prompt-len 128,1024] [--new 64] [--rounds 5] [--ours stock,w8a16,w4a8-g128]
-                                   [--peers torch:inductor,llama:Q4_0,...] [-o benchmarks/results/NAME.jsonl]
+    python benchmarks/peers/run.py MODEL [--prompt-len 128,1024] [--new 64] [--rounds 5] [--ours stock,w8a16,w4a8-g128,w4a8-g128+DRAFT]
+                                   [--peers torch:inductor,llama:Q4_0,openvino:int4+DRAFT,...] [-o benchmarks/results/NAME.jsonl]
 
 Every variant is a process of its own that keeps its model; all but the one whose turn it is are stopped, so that no
 thread of theirs spins. What can't be installed, loaded or run becomes a row that says why.
@@ -108,14 +108,14 @@ def start(args: argparse.Namespace, shortest: Any, running: dict[str, Process]) 
     """Fill ``running`` with all variants that run; why the others don't."""
     work, threads = args.work, str(args.threads)
     work.mkdir(parents=True, exist_ok=True)
-    wanted = [(name, sys.executable, "qpass_peer.py", name.replace(" + ", "+"), None) for name in args.ours]
+    wanted = [(_title(name), sys.executable, "qpass_peer.py", name, None) for name in args.ours]
     for entry in args.peers or [f"{name}:{variant}" for name, peer in PEERS.items() for variant in peer.variants]:
         name, _, variant = entry.partition(":")
         if name not in PEERS:
             raise SystemExit(f"{name}: accepted are {', '.join(PEERS)}")
         python = str(args.installed / name / "bin" / "python")
         reason = why_not(args.installed, name)
-        wanted.append((f"{PEERS[name].title} {variant}", python, PEERS[name].script, variant, reason))
+        wanted.append((f"{PEERS[name].title} {_title(variant)}", python, PEERS[name].script, variant, reason))
     absent: dict[str, str] = {}
     for title, python, script, variant, reason in wanted:
         started = time.perf_counter()
@@ -155,7 +155,10 @@ def measure(args: argparse.Namespace, prompts: dict[int, Any], running: dict[str
             continue
         contenders = [
             Contender(
-                title, process.generate, None, {"version": process.about["version"], "peer": title not in args.ours}
+                title,
+                process.generate,
+                None,
+                {"version": process.about["version"], "peer": title not in map(_title, args.ours)},
             )
             for title, process in able.items()
         ]
@@ -166,6 +169,12 @@ def measure(args: argparse.Namespace, prompts: dict[int, Any], running: dict[str
             pairs = enumerate(zip(first, process.tokens, strict=False))
             same = next((i for i, (a, b) in pairs if a != b), args.new)
             print(f"{title}: the first {same} of {args.new} tokens are those of {name}", file=sys.stderr)
+
+
+def _title(variant: str) -> str:
+    """A variant as its row is called: of a draft's folder, its name."""
+    scheme, plus, draft = variant.partition("+")
+    return f"{scheme.strip()} + {Path(draft.strip()).name}" if plus else variant
 
 
 def _absent(title: str, reason: str, common: dict[str, Any]) -> Record:
