@@ -10,6 +10,11 @@ from typer.testing import CliRunner
 
 from qpass.frontends.cli import app
 
+COMMANDS = (
+    "demo", "run", "explain", "kernels", "profile", "calibrate", "search", "eval", "quantize", "serve", "bench", "compare",
+    "report", "doctor",
+)  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
@@ -32,40 +37,11 @@ def test_help_names_the_commands_and_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=os.getcwd())
     assert done.stdout.strip().endswith("False")
-    for command in (
-        "demo",
-        "run",
-        "explain",
-        "kernels",
-        "profile",
-        "eval",
-        "quantize",
-        "serve",
-        "bench",
-        "compare",
-        "report",
-        "doctor",
-    ):
+    for command in COMMANDS:
         assert re.search(rf"^\W*{command}\s", done.stdout, re.M)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "demo",
-        "run",
-        "explain",
-        "kernels",
-        "profile",
-        "eval",
-        "quantize",
-        "serve",
-        "bench",
-        "compare",
-        "report",
-        "doctor",
-    ],
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command):
     out = _qpass(command, "--help")
     assert out.exit_code == 0
