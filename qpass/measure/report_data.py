@@ -158,8 +158,8 @@ def models(records: Iterable[Record]) -> list[Model]:
 
 
 def _ordered(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """The baseline first, ours as they were given, peers last."""
-    base = next((row for row in rows if row.variant == BASELINE), None)
+    """The baseline (the first of LABELS that is there) first, ours as they were given, peers last."""
+    base = next((row for name in LABELS for row in rows if row.variant == name), None)
     for row in rows:
         row.over = base
     return tuple(sorted(rows, key=lambda row: (row is not base, row.peer)))

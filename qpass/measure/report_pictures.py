@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qpass.measure.pictures import draw_times
 from qpass.measure.record import Record
-from qpass.measure.report_data import Case, Model, models
+from qpass.measure.report_data import LABELS, Case, Model, models
 
 
 def write(records: Iterable[Record], folder: Path) -> list[Path]:
@@ -76,7 +76,7 @@ def recipe_markdown(model: Model, cases: Sequence[Case] | None = None) -> str:
         ]
         parts.append("| " + " | ".join(head) + " |\n|---|" + "---:|" * (len(head) - 1))
         for row in case.rows:
-            cells = [row.label if row.over is row or row.peer else f"`{row.label}`"]
+            cells = [row.label if row.variant in LABELS or row.peer else f"`{row.label}`"]
             if passed:
                 score = model.passed(row.scheme)
                 cells.append("-" if score is None else f"{score.value * (1 if score.unit == '%' else 100):.1f}%")

@@ -62,6 +62,11 @@ def test_other_engines_have_a_table_of_their_own() -> None:
     assert [(case.beside, case.rows[0].records["tpot"].value) for case in model.cases] == [(False, 100.0), (True, 90.0)]
 
 
+def test_frozen_weights_are_the_baseline_where_stock_is_not() -> None:
+    text = table.recipes_markdown(run("1", record("tpot", "stock-frozen", 80.0), record("tpot", "w8a16", 40.0)))
+    assert "| bf16, Inductor with frozen weights | - | 80.0 |\n| `w8a16` | - | 40.0 (2.00x) |" in text
+
+
 def test_what_comes_before_the_first_token() -> None:
     """Variants whose memory was not measured are left out."""
     whole = [replace(record(what, "w4a16-g128", float(i + 1)), unit="s") for i, what in enumerate(table.COSTS)]

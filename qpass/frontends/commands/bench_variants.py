@@ -15,8 +15,8 @@ RECIPE = "recipe"
 """Each layer in the scheme that a recipe says."""
 STOCK, FROZEN = "stock", "stock-frozen"
 BASELINES = (STOCK, FROZEN)
-"""Inductor as torch.compile comes, and with its weights packed once a graph (freezing): faster, and twice the memory or more."""
-"""Inductor on the unquantized model, in the same loop on the same static cache."""
+"""Inductor on the unquantized model, in the same loop on the same static cache: as torch.compile comes, and with its weights
+packed once a graph (freezing), which is faster and takes twice the memory or more."""
 
 
 @dataclass(frozen=True)
