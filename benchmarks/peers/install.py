@@ -54,7 +54,7 @@ PEERS = {
     "ipex": Peer(
         ("torch==2.8.*", "intel-extension-for-pytorch==2.8.0", "transformers==4.48.*", "accelerate"),
         "ipex_peer.py",
-        ("bf16", "int8", "int4"),
+        ("bf16", "int8", "int4", "smoothquant"),
         "IPEX",
     ),
 }
