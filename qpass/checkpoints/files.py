@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -55,6 +57,11 @@ class Checkpoint:
     def name(self) -> str:
         return str(self.files[0] if len(self.files) == 1 else self.files[0].parent)
 
+    @cached_property
+    def identity(self) -> str:
+        """Another one when a file was written again: paths, sizes, times of change."""
+        return identity(self.files)
+
     def tensor(self, name: str) -> Tensor:
         """A view of the mapped file. Raises CheckpointError for what safetensors still finds wrong in it."""
         file = self.infos[name].file
@@ -79,6 +86,12 @@ class Checkpoint:
         """The modules that have a tensor of this name, in the files' order."""
         end = "." + suffix
         return [name.removesuffix(end) for name in self.infos if name.endswith(end)]
+
+
+def identity(files: Iterable[Path]) -> str:
+    """Which files these are, and as of when."""
+    found = [(str(file.resolve()), file.stat()) for file in files]
+    return json.dumps([(path, status.st_size, status.st_mtime_ns) for path, status in found])
 
 
 def _hashable(values: Iterable[object]) -> bool:

@@ -5,6 +5,7 @@ A quantized tensor is rows of blocks, each with its own scales; the layouts are 
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpass.checkpoints.files import identity
 from qpass.checkpoints.gguf_blocks import BLOCKS, Blocks
 from qpass.checkpoints.stored import StoredLinear
 from qpass.checkpoints.validate import refuse
@@ -113,7 +115,9 @@ class GgufFile:
                 refuse(self.path, name, "holds scales that are NaN or infinity")
             return QWeight(codes.view(n, k), scales.view(n, -1), zeros.view(n, -1), blocks.format)
 
-        return StoredLinear(blocks.format, (n, k), read, source=f"GGUF, {blocks.name}")
+        order = "" if rows is None else hashlib.sha256(rows.numpy().tobytes()).hexdigest()
+        origin = f"{identity([self.path])} {name} {order}"
+        return StoredLinear(blocks.format, (n, k), read, source=f"GGUF, {blocks.name}", origin=origin)
 
     def _placed(self, name: str, shape: tuple[int, ...], kind: int, begin: int) -> GgufTensor:
         count = prod(shape)  # Python's integers don't overflow

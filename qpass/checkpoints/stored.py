@@ -22,6 +22,7 @@ class StoredLinear:
     order       int64 [K] or None: column j of the codes multiplies x[..., order[j]]
     activation  how activations meet the codes, where the checkpoint says so
     source      who found the codes, for people
+    origin      names the bytes that :attr:`read` reads and how it reads them; None where they are in no file
     """
 
     format: Format
@@ -31,6 +32,7 @@ class StoredLinear:
     order: Tensor | None = None
     activation: Activation | None = None
     source: str = ""
+    origin: str | None = None
 
 
 def stored_group(info: TensorInfo, group: int, k: int) -> tuple[int | None, int]:

@@ -46,7 +46,13 @@ def _eager_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def given_from(linear: StoredLinear) -> Given:
     return Given(
-        linear.format, linear.read, linear.divisor, linear.order, linear.activation, linear.source or "an artefact"
+        linear.format,
+        linear.read,
+        linear.divisor,
+        linear.order,
+        linear.activation,
+        linear.source or "an artefact",
+        origin=linear.origin,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -23,6 +25,7 @@ def read_layers(
     """
     names = _Names(model, conversions)
     layers: dict[str, StoredLinear] = {}
+    files = hashlib.sha256(f"{checkpoint.identity} {reader!r}".encode()).hexdigest()
     for module in reader.modules(checkpoint):
         weight = names.of(f"{module}.weight")
         target = names.shapes.get(weight)
@@ -30,7 +33,8 @@ def read_layers(
             refuse(checkpoint.name, module, f"is no linear layer of {type(model).__name__}")
         if weight in layers:
             refuse(checkpoint.name, module, "is there twice")
-        layers[weight] = reader.read(checkpoint, module, (target[0], target[1]))
+        layer = reader.read(checkpoint, module, (target[0], target[1]))
+        layers[weight] = replace(layer, origin=f"{files} {module}")
     _check_rest(checkpoint, names, layers, reader)
     return layers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,7 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, format: KernelFormat, glu
         scales = scales.half()
     # [B, G, 64 * size of one]
     tail = [_blocked(t, b, glu).transpose(1, 2).contiguous().view(torch.uint8) for t in (scales, zeros)]
-    packed = torch.empty(b, g, sum(t.shape[2] for t in (rows, *tail)), dtype=torch.uint8)
-    _advise_huge_pages(packed)
+    packed = empty_packed((b, g, sum(t.shape[2] for t in (rows, *tail))))
     return torch.cat([rows, *tail], dim=2, out=packed).view(-1)
 
 
@@ -98,6 +98,13 @@ def _or(steps: Tensor, places: tuple[int, ...]) -> Tensor:
     """[..., 4, 16] -> [..., 16]: step i moved up to bit ``places[i]`` of its byte."""
     a, b, c, d = (steps[..., i, :] << place for i, place in enumerate(places))
     return a | b | c | d
+
+
+def empty_packed(shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Memory for a packed weight, in large pages where the system has them."""
+    tensor = torch.empty(shape, dtype=dtype)
+    _advise_huge_pages(tensor)
+    return tensor
 
 
 def _advise_huge_pages(tensor: Tensor) -> None:

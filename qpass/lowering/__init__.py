@@ -18,6 +18,7 @@ from qpass.qweight import QWeight
 
 class Lowering(Protocol):
     name: str
+    portable: bool  # packed weights are plain bytes of a layout of ours, good for another process
 
     def same_rows(self, site: Site, cpu: Cpu) -> int:
         """Up to how many rows at once a row's result has the same bits as alone: 0 for no promise, :data:`ANY`."""

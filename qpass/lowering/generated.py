@@ -26,6 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 class Generated:
     name = "generated"
+    portable = True
 
     def same_rows(self, site: Site, cpu: Cpu) -> int:
         """Integer sums are exact in any order and the rest is pinned; AMX rounds bf16 products its own way, and wider calls use it."""

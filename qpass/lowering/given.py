@@ -33,6 +33,7 @@ class Given:
     activation  how activations meet the codes; None: as the scheme that the user chose says
     source      who found them, for explain
     values      a hash of the weight's values that they were found for; None: the weight has no others
+    origin      names the stored bytes that ``read`` reads and how it reads them; None: no file's
     """
 
     format: Format
@@ -42,6 +43,7 @@ class Given:
     activation: Activation | None = None
     source: str = "given"
     values: int | None = None
+    origin: str | None = None
 
     @classmethod
     def of(

@@ -14,6 +14,7 @@ from qpass.qweight import QWeight
 
 class OneDNN:
     name = "onednn"
+    portable = False
 
     def same_rows(self, site: Site, cpu: Cpu) -> int:
         return 0

@@ -11,6 +11,7 @@ from qpass.qweight import QWeight
 
 class Reference:
     name = "reference"
+    portable = False
 
     def same_rows(self, site: Site, cpu: Cpu) -> int:
         return 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qpass.errors import ReleasedWeightError
+from qpass.lowering import shelf
 from qpass.lowering.given import Given, given_of, hash_of
 from qpass.qweight import QWeight
 from qpass.scheme import Format
@@ -62,6 +63,7 @@ class WeightRef:
 
 class Packer(Protocol):
     name: str
+    portable: bool  # what it packs is plain bytes of a layout of ours, which another process can use
 
     def pack(self, weight: QWeight, *, glu: bool) -> tuple[Tensor, ...]: ...
 
@@ -138,7 +140,14 @@ class WeightStore:
             self.packed_count += 1
             return packer.pack(self.qweight(refs, format), glu=glu)
 
-        return self._kept((weights, format, packer.name, glu), refs, pack)
+        def stored() -> tuple[Tensor, ...]:
+            origins = [_origin(ref, format) for ref in refs]
+            if None in origins or not packer.portable:
+                return pack()
+            size = sum(n * k for n, k in (ref.shape for ref in refs)) * format.bits // 8
+            return shelf.obtain(shelf.name_of(origins, str(format), packer.name, glu), size, pack)
+
+        return self._kept((weights, format, packer.name, glu), refs, stored)
 
     def columns(self, refs: tuple[WeightRef, ...], index: Tensor) -> Tensor:
         """Some columns of the refs' weights, one under the other, in their own dtype: [N, len(index)]."""
@@ -162,6 +171,14 @@ class WeightStore:
         """The biases of merged linears one behind the other, fp32 [N]; zeros for a linear without one."""
         parts = [torch.zeros(n) if p is None else p.detach().float() for p, n in zip(parameters, sizes, strict=True)]
         return torch.cat(parts)
+
+
+def _origin(ref: WeightRef, format: Format) -> list[str] | None:
+    """What a packed weight comes from, where that is a stored checkpoint."""
+    given = given_of(ref.parameter)
+    if given is None or given.origin is None or given.format != format or given.values is not None:
+        return None
+    return [given.origin, ref.scaling.key if ref.scaling is not None else ""]
 
 
 def _stacked(parts: list[QWeight]) -> QWeight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import qpass
 from qpass.errors import CheckpointError
 from qpass.frontends import backend, hf
+from qpass.lowering import shelf
 from qpass.lowering.given import given_of
 from qpass.passes import PIPELINE
 from qpass.scheme import Format
@@ -269,3 +271,30 @@ def test_a_model_that_the_files_do_not_fit(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         qpass.load(tampered(gptq[0], tmp_path / "m", config, without))
+
+
+def test_packed_weights_of_a_file_are_found_again(
+    gptq: tuple[Path, dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shelf, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(shelf, "SMALLEST", 0)
+
+    def run(folder: Path) -> tuple[Tensor, int]:
+        before = backend.STORE.packed_count
+        with torch.no_grad():
+            logits = qpass.load(folder)(IDS).logits
+        return logits, backend.STORE.packed_count - before
+
+    home = tmp_path / "model"
+    shutil.copytree(gptq[0], home)
+    first, count = run(home)
+    assert count > 0
+    again, count = run(home)
+    assert count == 0
+    assert torch.equal(first, again)
+    config = json.loads((home / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "gptq_v2"  # the same codes, other zeros
+    (home / "config.json").write_text(json.dumps(config))
+    changed, count = run(home)
+    assert count > 0
+    assert not torch.equal(first, changed)
