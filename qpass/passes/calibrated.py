@@ -12,7 +12,7 @@ from qpass.algorithms.smoothing import Smoothed, smooth
 from qpass.errors import OptionError
 from qpass.scheme import Scheme
 
-STATIC_ERROR = 0.0018
+STATIC_ERROR = 0.005
 """A static scale is given up where it costs more than this share of a layer's output (squared), and a scale a token half of it."""
 
 BEARABLE = Scheme.parse("w8a8-dynamic")
