@@ -12,8 +12,14 @@ from qpass.algorithms.smoothing import Smoothed, smooth
 from qpass.errors import OptionError
 from qpass.scheme import Scheme
 
-STATIC_ERROR = 0.005
-"""A static scale is given up where it costs more than this share of a layer's output (squared), and a scale a token half of it."""
+STATIC_ERROR = 0.0018
+"""A static scale may be given up where it costs more than this share of a layer's output (squared), and a scale a token half of it."""
+
+UNBEARABLE = 0.02
+"""A static scale is given up in any case where a scale a token saves more than this."""
+
+MOST_GIVEN_UP = 0.1
+"""Of the linears that were to be static, the others among these included: those that win most by it."""
 
 BEARABLE = Scheme.parse("w8a8-dynamic")
 """What a layer gets that can't bear a static scale, unless its weights have another format."""
@@ -26,6 +32,8 @@ class Decision:
     smoothed: Smoothed
     schemes: tuple[Scheme, ...]
     notes: tuple[str, ...] = ()
+    static: Decision | None = None  # what this one takes the place of
+    gain: float = 0.0  # and the share of the output that it saves
 
 
 @dataclass
@@ -93,7 +101,24 @@ class Calibrated:
         if better.error.of(True) > cost / 2:
             return Decision(found, schemes)
         note = f"{static[0]}: one static scale would cost {cost:.1%} of its output, one a token {better.error.of(True):.2%}"
-        return Decision(better, others, (note,))
+        return Decision(better, others, (note,), Decision(found, schemes), cost - better.error.of(True))
+
+
+def most_static(decisions: Sequence[Decision | None]) -> list[Decision | None]:
+    """The decisions of one graph: beyond a tenth of the linears that should be static, the bearable ones are."""
+    wanted = sum(
+        scheme.activation == "a8-static"
+        for decision in decisions
+        if decision is not None
+        for scheme in (decision.static or decision).schemes
+    )
+    left, allowed = int(MOST_GIVEN_UP * wanted), set()
+    for decision in sorted((d for d in decisions if d is not None and d.static is not None), key=lambda d: -d.gain):
+        left -= len(decision.schemes)
+        if left < 0 and decision.gain <= UNBEARABLE:
+            break
+        allowed.add(id(decision))
+    return [d if d is None or d.static is None or id(d) in allowed else d.static for d in decisions]
 
 
 def bearable(scheme: Scheme) -> Scheme:

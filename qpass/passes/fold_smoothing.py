@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from qpass.algorithms.outliers import outlier_columns
 from qpass.errors import SchemeError
-from qpass.lowering.given import Given
 from qpass.passes.attributes import attach
+from qpass.passes.calibrated import Decision, most_static
 from qpass.passes.context import Context
 from qpass.passes.linears import LINEAR
 from qpass.passes.norms import NORM
@@ -64,7 +64,7 @@ def fold_smoothing(graph: fx.Graph, ctx: Context) -> int:
     """
     writes = Writes(graph)
     count = 0
-    for family in list(_families(graph, ctx, writes)):
+    for family in _families(graph, ctx, writes):
         if family.inverse is None:
             continue
         inverse = family.inverse
@@ -77,7 +77,7 @@ def fold_smoothing(graph: fx.Graph, ctx: Context) -> int:
     return count
 
 
-def _families(graph: fx.Graph, ctx: Context, writes: Writes) -> Iterator[_Family]:
+def _families(graph: fx.Graph, ctx: Context, writes: Writes) -> list[_Family]:
     by_input: dict[tuple, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=LINEAR):
         if not ctx.scheme_for(node).quantizes:
@@ -85,14 +85,19 @@ def _families(graph: fx.Graph, ctx: Context, writes: Writes) -> Iterator[_Family
         given = ctx.given_of(node)
         alone = node if writes.touch(node.args[0]) else None  # then each reads it at another time
         by_input.setdefault((node.args[0], alone, None if given is None else given.input_key), []).append(node)
-    for (_, _, wants), linears in by_input.items():
-        given = None if wants is None else ctx.given_of(linears[0])
-        if ctx.calibrated is not None:
-            yield _Family(linears, _decide(linears, given, ctx))
-        else:
+    together = list(by_input.values())
+    if ctx.calibrated is None:
+        for linears in together:
             _check_static(linears, ctx)
-            wanted = None if given is None else given.divisor
-            yield _Family(linears, None if wanted is None else wanted.reciprocal())
+        return [_Family(linears, _own_inverse(linears, ctx)) for linears in together]
+    decisions = most_static([_decide(linears, ctx) for linears in together])
+    return [_Family(linears, _told(linears, found, ctx)) for linears, found in zip(together, decisions, strict=True)]
+
+
+def _own_inverse(linears: list[fx.Node], ctx: Context) -> Tensor | None:
+    """One over the divisor that codes which are there already want."""
+    given = ctx.given_of(linears[0])
+    return None if given is None or given.divisor is None else given.divisor.reciprocal()
 
 
 def _check_static(linears: list[fx.Node], ctx: Context) -> None:
@@ -104,18 +109,16 @@ def _check_static(linears: list[fx.Node], ctx: Context) -> None:
             )
 
 
-def _decide(linears: list[fx.Node], given: Given | None, ctx: Context) -> Tensor | None:
-    """What the linears' one input is multiplied by, and in their meta what else calibration says."""
+def _decide(linears: list[fx.Node], ctx: Context) -> Decision | None:
+    """What calibration says of linears that read one input; None where they have no use for it."""
     assert ctx.calibrated is not None
+    given = ctx.given_of(linears[0])
     schemes = [ctx.scheme_for(node) for node in linears]
     names = [name for node in linears for name in node.meta["qpass_names"]]
     spread = [scheme for node, scheme in zip(linears, schemes, strict=True) for _ in node.meta["qpass_names"]]
-    own = None if given is None or given.divisor is None else given.divisor.reciprocal()
-    if all(scheme.activation == "a16" for scheme in schemes):
-        return own
-    if any(scheme.outliers for scheme in schemes):
-        return _keep_apart(linears, schemes, ctx)
-    decision = ctx.calibrated.decide(
+    if all(scheme.activation == "a16" for scheme in schemes) or any(scheme.outliers for scheme in schemes):
+        return None
+    return ctx.calibrated.decide(
         names,
         spread,
         _reading(linears, ctx),
@@ -123,6 +126,14 @@ def _decide(linears: list[fx.Node], given: Given | None, ctx: Context) -> Tensor
         # An embedding that is tied to a head reads rows of the head's weight: they stay as they are.
         smoothable=not any(ctx.is_tied(weight) for node in linears for weight in node.args[1]),  # type: ignore[union-attr]
     )
+
+
+def _told(linears: list[fx.Node], decision: Decision | None, ctx: Context) -> Tensor | None:
+    """What the linears' one input is multiplied by, and in their meta what else was decided."""
+    schemes = [ctx.scheme_for(node) for node in linears]
+    if any(scheme.outliers for scheme in schemes):
+        return _keep_apart(linears, schemes, ctx)
+    own = _own_inverse(linears, ctx)
     if decision is None:
         return own
     at = 0
@@ -132,7 +143,7 @@ def _decide(linears: list[fx.Node], given: Given | None, ctx: Context) -> Tensor
         node.meta[_NOTES] = decision.notes
         if decision.smoothed.scale is not None:
             node.meta[X_SCALE] = decision.smoothed.scale
-        if given is None and decision.smoothed.divisor is not None:
+        if ctx.given_of(node) is None and decision.smoothed.divisor is not None:
             node.meta[COLUMNS] = decision.smoothed.divisor
     return own if decision.smoothed.divisor is None else decision.smoothed.divisor.reciprocal()
 

@@ -7,11 +7,11 @@ from torch import nn
 
 from qpass.algorithms.observe import Observer
 from qpass.algorithms.rtn import rtn
-from qpass.algorithms.smoothing import divisor
+from qpass.algorithms.smoothing import Error, Smoothed, divisor
 from qpass.errors import OptionError, SchemeError
 from qpass.lowering.given import Given, give
 from qpass.passes import canonicalize, fold_smoothing, fuse_epilogues, fuse_norms, merge_siblings, quantize_linears
-from qpass.passes.calibrated import Calibrated
+from qpass.passes.calibrated import Calibrated, Decision, most_static
 from qpass.passes.fold_smoothing import COLUMNS, ROWS, divide
 from qpass.scheme import Format, Scheme
 from tests.support.capture import Body, rewrite
@@ -196,6 +196,29 @@ def test_static_scales_come_from_calibration():
     assert site.args[7] == "a8-static"
     assert 0 < site.kwargs["x_scale"] < 1
     assert sqnr_db(done.capture.run()[0], done.outputs()[0]) > 20
+
+
+@pytest.mark.parametrize(
+    ("gains", "given_up"),
+    [
+        ([0.003] * 20, 2),  # a tenth
+        ([0.003] * 9, 0),  # of nine linears a tenth is none
+        ([0.5] * 5 + [0.003] * 15, 5),  # the unbearable ones, however many
+        ([0.003] * 19 + [0.01], 2),
+        ([0.0] * 20, 0),
+    ],
+)
+def test_beyond_a_tenth_only_the_unbearable_give_up_their_static_scale(gains: list[float], given_up: int) -> None:
+    static, dynamic = Scheme.parse("w8a8-static"), Scheme.parse("w8a8-dynamic")
+    smoothed = Smoothed(None, None, None, Error(0.0, 0.0))
+    kept = Decision(smoothed, (static,))
+    decisions = [Decision(smoothed, (dynamic,), ("why",), kept, gain) if gain else kept for gain in gains]
+    found = most_static([None, *decisions])
+    assert found[0] is None
+    names = [decision.schemes[0].name for decision in found[1:]]
+    assert names.count("w8a8-dynamic") == given_up
+    worst = sorted(range(len(gains)), key=lambda i: -gains[i])[:given_up]
+    assert all(names[i] == "w8a8-dynamic" for i in worst)
 
 
 def test_who_cannot_bear_a_static_scale_gets_one_a_token():
