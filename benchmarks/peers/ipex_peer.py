@@ -12,7 +12,7 @@ from serve import arguments, serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-CALIBRATION_TOKENS, WINDOW = 8192, 512
+CALIBRATION_TOKENS, WINDOW = 2048, 512
 folder, variant, threads, work = arguments()
 torch.set_num_threads(threads)
 torch.set_grad_enabled(False)
