@@ -32,15 +32,16 @@ def rtn(weight: Tensor, format: Format) -> QWeight:
     scales, lowest = torch.empty(n, groups), torch.empty(n, groups)
     for rows in blocks:
         w = grouped(weight[rows], groups, group)
-        if not bool(torch.isfinite(w).all()):
+        low, high = w.amin(dim=2), w.amax(dim=2)
+        if not bool(torch.isfinite(low).all()) or not bool(torch.isfinite(high).all()):  # NaN is its group's both ends
             raise ValueError("the weight holds NaN or infinity")
         if format.symmetric:
-            scales[rows] = w.abs().amax(dim=2) / (middle - 1)
+            scales[rows] = torch.maximum(high, -low) / (middle - 1)
         else:
-            lowest[rows], highest = w.amin(dim=2), w.amax(dim=2)
             if not format.float_zeros:
-                lowest[rows], highest = lowest[rows].clamp(max=0), highest.clamp(min=0)
-            scales[rows] = (highest - lowest[rows]) / format.max_code
+                low, high = low.clamp_(max=0), high.clamp_(min=0)
+            lowest[rows] = low
+            scales[rows] = (high - low) / format.max_code
     scales = storable(scales, format)
     zeros = torch.full_like(scales, middle) if format.symmetric else -lowest / scales
     if not format.float_zeros:
