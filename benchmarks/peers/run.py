@@ -34,11 +34,14 @@ from qpass.measure.bench_table import table
 from qpass.measure.record import Record, append
 
 HERE = Path(__file__).parent
-LOADING_S, ANSWER_S = 1800, 600
+LOADING_S, ANSWER_S = 1800, 180
+"""The slowest engine that is measured answers in a minute; one that doesn't in three is a row that says so."""
 
 
 class Refused(RuntimeError):
-    """A peer that does not run, with the reason."""
+    """A peer that does not run, with the reason; ``title`` is its row's, where it ran before."""
+
+    title = ""
 
 
 class Process:
@@ -67,6 +70,7 @@ class Process:
         with selectors.DefaultSelector() as selector:
             selector.register(self.child.stdout, selectors.EVENT_READ)
             if not selector.select(seconds):
+                self.child.kill()  # a late answer would be taken for the next one
                 raise Refused(f"no answer within {seconds:.0f} s")
         line = self.child.stdout.readline()
         if not line:
@@ -89,14 +93,21 @@ class Process:
             self.child.stdin.flush()
             answer = self._read(ANSWER_S)
         except BrokenPipeError:
-            raise Refused(f"ended with code {self.child.wait()}") from None
+            raise self._refused(f"ended with code {self.child.wait()}") from None
+        except Refused as error:
+            raise self._refused(str(error)) from None
         finally:
             time.sleep(0.25)  # its threads spin for a while behind their work
             self._signal(signal.SIGSTOP)
         times, self.tokens = answer["times"], answer["tokens"]
         if len(times) != new:
-            raise Refused(f"gave {len(times)} tokens instead of {new}")
+            raise self._refused(f"gave {len(times)} tokens instead of {new}")
         return Outcome(1e3 * times[0], 1e3 * (times[-1] - times[0]) / (new - 1))
+
+    def _refused(self, reason: str) -> Refused:
+        refused = Refused(reason)
+        refused.title = self.name
+        return refused
 
     def end(self) -> None:
         self._signal(signal.SIGCONT)
@@ -144,26 +155,34 @@ def measure(args: argparse.Namespace, prompts: dict[int, Any], running: dict[str
         yield _absent(title, reason, common)
     for length, ids in prompts.items():
         able = dict(running)
-        for title, process in running.items():
+        for title, process in able.copy().items():
             try:
                 process.generate(ids, args.new)
             except Refused as error:
                 print(f"{title}, prompt of {length}: {error}", file=sys.stderr)
                 yield _absent(title, str(error), common)
                 del able[title]
+        while able:
+            contenders = [
+                Contender(
+                    title,
+                    process.generate,
+                    None,
+                    {"version": process.about["version"], "peer": title not in map(_title, args.ours)},
+                )
+                for title, process in able.items()
+            ]
+            processes = [os.getpid(), *(process.child.pid for process in able.values())]
+            try:
+                yield from list(measure_case(contenders, ids, args.new, args.rounds, common, processes))
+                break
+            except Refused as error:  # in its turn: the others' turns begin anew
+                print(f"{error.title}, prompt of {length}: {error}", file=sys.stderr)
+                yield _absent(error.title, str(error), common)
+                running.pop(error.title).end()
+                del able[error.title]
         if not able:
             continue
-        contenders = [
-            Contender(
-                title,
-                process.generate,
-                None,
-                {"version": process.about["version"], "peer": title not in map(_title, args.ours)},
-            )
-            for title, process in able.items()
-        ]
-        processes = [os.getpid(), *(process.child.pid for process in able.values())]
-        yield from measure_case(contenders, ids, args.new, args.rounds, common, processes)
         name, first = next((title, process.tokens) for title, process in able.items())
         for title, process in able.items():
             pairs = enumerate(zip(first, process.tokens, strict=False))

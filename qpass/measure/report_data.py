@@ -85,8 +85,12 @@ class Model:
 
 
 def machine_of(record: Record) -> str:
-    m = record.machine
-    return f"{m.cpu} ({m.tier}), {m.cores} cores"
+    return f"{processor_of(record)}, {record.machine.cores} cores"
+
+
+def processor_of(record: Record) -> str:
+    """What quality may depend on: how many cores there were changes no result."""
+    return f"{record.machine.cpu} ({record.machine.tier})"
 
 
 def variant_of(record: Record) -> str:
@@ -124,17 +128,19 @@ def models(records: Iterable[Record]) -> list[Model]:
     """By model and machine, in the order in which they come; times of the newest runs, of all else the last record."""
     records = list(records)
     found: dict[tuple[str, str], Model] = {}
+    quality: dict[tuple[str, str], dict[str, dict[str, Record]]] = {}
     chosen = [*latest(records).values(), *(r for r in records if r.what in ("trace", "absent"))]
     for r in chosen:
         name = r.settings.get("model")
         if not isinstance(name, str):
             continue
-        key = name, machine_of(r)
-        model = found.setdefault(key, Model(*key))
         variant = variant_of(r)
         if r.what in QUALITY or r.what in PASS:
-            model.quality.setdefault(variant, {})[r.what] = r
-        elif r.what in COSTS:
+            quality.setdefault((name, processor_of(r)), {}).setdefault(variant, {})[r.what] = r
+            continue
+        key = name, machine_of(r)
+        model = found.setdefault(key, Model(*key))
+        if r.what in COSTS:
             model.costs.setdefault(variant, {})[r.what] = r
         elif r.what == "verify":
             model.verify.setdefault(variant, []).append(r)
@@ -151,6 +157,13 @@ def models(records: Iterable[Record]) -> list[Model]:
             rows.setdefault(variant, Row(variant)).records[r.what] = r
         if (name, machine) in found:
             found[name, machine].cases.append(Case(prompt, batch, _ordered(list(rows.values())), beside))
+    for (name, processor), judged in quality.items():
+        same = [m for m in found.values() if m.name == name and m.machine.rpartition(", ")[0] == processor]
+        if not same:
+            machine = machine_of(next(iter(next(iter(judged.values())).values())))
+            same = [found.setdefault((name, machine), Model(name, machine))]
+        for model in same:
+            model.quality = judged
     for model in found.values():
         for runs in model.verify.values():
             runs.sort(key=lambda r: r.settings["k"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import struct
 import sys
@@ -16,6 +17,8 @@ import install
 import run
 from plain_folder import plain_folder
 
+from qpass.measure.record import Record
+
 PEERS = Path(run.__file__).parent
 ENGINE = f"""
 import sys, time
@@ -25,11 +28,17 @@ folder, variant, threads, work = arguments()
 if variant == "broken":
     sys.exit("no such instruction: tilezero")
 print("words of the engine itself")
+asked = []
 def generate(prompt, new, on_token):
+    asked.append(prompt)
+    if variant == "dies" and len(asked) == 3:
+        sys.exit("Illegal instruction")
+    if variant == "silent":
+        time.sleep(60)
     if variant == "refuses":
         raise ValueError("the prompt is too long")
     time.sleep(0.05)
-    for i in range(new if variant == "good" else new - 1):
+    for i in range(new - (variant == "short")):
         on_token(prompt[0] + i)
         time.sleep(0.02)
 serve(generate, version="engine 1")
@@ -85,6 +94,39 @@ def test_a_turn(start) -> None:
 def test_a_reason_why_not(start, variant: str, reason: str) -> None:
     with pytest.raises(run.Refused, match=reason):
         start(variant).generate(IDS, 4)
+
+
+def test_who_does_not_answer_is_ended(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "ANSWER_S", 0.5)
+    process = start("silent")
+    with pytest.raises(run.Refused, match="no answer within"):
+        process.generate(IDS, 4)
+    assert process.child.wait(5) < 0  # a late answer can't be taken for the next one
+
+
+def test_who_dies_in_its_turns_is_a_row_and_the_others_go_on(start, tmp_path: Path, monkeypatch) -> None:
+    processes = {name: start(name) for name in ("good", "dies", "short")}
+
+    def filled(args, shortest, running):  # type: ignore[no-untyped-def]
+        running.update({process.name: process for process in processes.values()})
+        return {}
+
+    def turns(contenders, ids, new, rounds, settings, pids):  # type: ignore[no-untyped-def]
+        """The clock's part, without the rates of the machine."""
+        times = {each.name: [each.generate(ids, new).ttft_ms for _ in range(rounds)] for each in contenders}
+        for name, seen in times.items():
+            yield Record.of("ttft", seen, "ms", {**settings, "variant": name})
+
+    monkeypatch.setattr(run, "start", filled)
+    monkeypatch.setattr(run, "measure_case", turns)
+    args = argparse.Namespace(model="m", threads=1, new=4, rounds=3, ours=[])
+    records = list(run.measure(args, {2: IDS}, {}))
+    told = {(r.what, r.settings["variant"]): r.settings.get("reason") for r in records}
+    assert told == {
+        ("absent", "Engine short"): "gave 3 tokens instead of 4",
+        ("absent", "Engine dies"): "Illegal instruction",
+        ("ttft", "Engine good"): None,
+    }
 
 
 def test_what_is_not_installed_says_so(tmp_path: Path) -> None:

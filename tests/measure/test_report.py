@@ -16,7 +16,7 @@ from qpass.frontends.cli import app
 from qpass.frontends.trace import section_of
 from qpass.measure.record import Machine, Record, append
 from qpass.measure.report import page
-from qpass.measure.report_data import linear_shares
+from qpass.measure.report_data import linear_shares, models
 from qpass.measure.report_pictures import write
 
 MACHINE = Machine("A & B <cpu>", 2, "avx512_vnni", "2.13")
@@ -161,6 +161,14 @@ def test_older_names_and_a_missing_baseline() -> None:
     assert "4.00x" in text
     assert "bf16, stock Inductor" in text
     assert "4.00x" not in page(timed("w8a16", 900.0, 50.0), "t")
+
+
+def test_quality_of_the_same_processor_counts_whatever_its_cores() -> None:
+    alone = replace(record("perplexity", 4.5, "perplexity", scheme="w8a16"), machine=replace(MACHINE, cores=1))
+    other = replace(record("perplexity", 9.5, "perplexity", scheme="w4a8-g128"), machine=replace(MACHINE, tier="avx2"))
+    found = models([*timed("w8a16", 900.0, 50.0), alone, other])
+    assert [list(m.quality) for m in found] == [["w8a16"], ["w4a8-g128"]]
+    assert [bool(m.cases) for m in found] == [True, False]  # another instruction set's results may be others
 
 
 def test_pictures_and_markdown_for_a_readme(tmp_path: Path, records: list[Record]) -> None:
