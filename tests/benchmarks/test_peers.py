@@ -7,6 +7,7 @@ import json
 import struct
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -107,11 +108,13 @@ def test_who_does_not_answer_is_ended(start, monkeypatch: pytest.MonkeyPatch) ->
 def test_who_dies_in_its_turns_is_a_row_and_the_others_go_on(start, tmp_path: Path, monkeypatch) -> None:
     processes = {name: start(name) for name in ("good", "dies", "short")}
 
-    def filled(args, shortest, running):  # type: ignore[no-untyped-def]
+    def filled(args: object, shortest: object, running: dict) -> dict[str, str]:
         running.update({process.name: process for process in processes.values()})
         return {}
 
-    def turns(contenders, ids, new, rounds, settings, pids):  # type: ignore[no-untyped-def]
+    def turns(
+        contenders: list, ids: torch.Tensor, new: int, rounds: int, settings: dict, pids: list
+    ) -> Iterator[Record]:
         """The clock's part, without the rates of the machine."""
         times = {each.name: [each.generate(ids, new).ttft_ms for _ in range(rounds)] for each in contenders}
         for name, seen in times.items():

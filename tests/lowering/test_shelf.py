@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from qpass.algorithms.rtn import rtn
 from qpass.errors import OptionError
 from qpass.lowering import shelf
 from qpass.lowering.generated import Generated
 from qpass.lowering.given import Given, give, hash_of
-from qpass.lowering.store import Scaling, WeightRef, WeightStore
+from qpass.lowering.store import Packer, Scaling, WeightRef, WeightStore
 from qpass.scheme import Format
 
 FORMAT = Format(4, 64)
@@ -35,11 +36,13 @@ def _parameter(origin: str | None = "file one", n: int = 1024, seed: int = 0) ->
     return parameter
 
 
-def _packed(*parameters: nn.Parameter, packer: object = None, scaling: Scaling | None = None, glu: bool = False):  # type: ignore[no-untyped-def]
+def _packed(
+    *parameters: nn.Parameter, packer: Packer | None = None, scaling: Scaling | None = None, glu: bool = False
+) -> tuple[tuple[Tensor, ...], int]:
     """As a process that has just begun: (what is packed, how many weights were really packed)."""
     store = WeightStore(rtn)
     refs = tuple(WeightRef(p, scaling=scaling) for p in parameters)
-    tensors = store.packed(refs, FORMAT, packer or Generated(), glu=glu)  # type: ignore[arg-type]
+    tensors = store.packed(refs, FORMAT, packer or Generated(), glu=glu)
     return tensors, store.packed_count
 
 
@@ -108,7 +111,7 @@ def _unsigned(file: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [_flip, _cut, _empty, _unsigned])
-def test_a_damaged_file_is_replaced(folder: Path, harm) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_file_is_replaced(folder: Path, harm: Callable[[Path], None]) -> None:
     parameter = _parameter()
     wanted, _ = _packed(parameter)
     (file,) = folder.iterdir()
