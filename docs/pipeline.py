@@ -15,6 +15,7 @@ STEPS = [
     ("quantize_linears", "codes in place", "of weights"),
     ("fuse_norms", "RMSNorm, LayerNorm of", "one linear's input"),
     ("fuse_epilogues", "bias, activation, gate,", "multiply, residual"),
+    ("keep_int8", "static to static:", "codes, not bf16"),
     ("lower", "generated > onednn", "> aten > reference"),
     ("share_embeddings", "a tied table is read", "from the head's codes"),
     ("chain_calls", "native calls in a row", "are one call"),
@@ -27,7 +28,7 @@ def draw() -> str:
     total = len(STEPS) * (WIDTH + GAP) + GAP
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} 190" font-family="system-ui, sans-serif" font-size="12" role="img">',
-        "<title>The pipeline: capture, nine passes, Inductor; packed weights in one store</title>",
+        "<title>The pipeline: capture, ten passes, Inductor; packed weights in one store</title>",
         '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0L8 4L0 8z" fill="#888"/></marker></defs>',
     ]

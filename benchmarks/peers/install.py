@@ -32,7 +32,7 @@ PEERS = {
     "torch": Peer(
         ("torch==2.13.*", "torchao>=0.18", "transformers>=5.20,<6", "accelerate"),
         "torch_peer.py",
-        ("eager", "inductor", "torchao-int8", "torchao-int4"),
+        ("eager", "inductor", "torchao-int8", "torchao-w8a8", "torchao-int4", "torchao-w4a8"),
         "PyTorch",
     ),
     "ctranslate2": Peer(

@@ -34,7 +34,7 @@ from qpass.measure.bench_table import table
 from qpass.measure.record import Record, append
 
 HERE = Path(__file__).parent
-LOADING_S, ANSWER_S = 1800, 180
+LOADING_S, COMPILING_S, ANSWER_S = 1800, 900, 180
 """The slowest engine that is measured answers in a minute; one that doesn't in three is a row that says so."""
 
 
@@ -84,14 +84,21 @@ class Process:
             raise Refused(answer["error"][:300])
         return answer
 
+    def warm_up(self, ids: Any, new: int) -> None:
+        """A generation that may compile first."""
+        self._generate(ids, new, COMPILING_S)
+
     def generate(self, ids: Any, new: int) -> Outcome:
         """One generation of one row."""
+        return self._generate(ids, new, ANSWER_S)
+
+    def _generate(self, ids: Any, new: int, patience_s: float) -> Outcome:
         assert self.child.stdin is not None
         self._signal(signal.SIGCONT)
         try:
             self.child.stdin.write(json.dumps({"prompt": ids[0].tolist(), "new": new}) + "\n")
             self.child.stdin.flush()
-            answer = self._read(ANSWER_S)
+            answer = self._read(patience_s)
         except BrokenPipeError:
             raise self._refused(f"ended with code {self.child.wait()}") from None
         except Refused as error:
@@ -136,7 +143,7 @@ def start(args: argparse.Namespace, shortest: Any, running: dict[str, Process]) 
             command = [python, str(HERE / script), str(Path(args.model).resolve()), variant, threads, str(work)]
             process = Process(title, command, work)
             running[title] = process
-            process.generate(shortest, 2)  # what the first call still compiles
+            process.warm_up(shortest, 2)
             print(
                 f"{title}: {process.about['version']}, ready in {time.perf_counter() - started:.0f} s", file=sys.stderr
             )
@@ -157,7 +164,7 @@ def measure(args: argparse.Namespace, prompts: dict[int, Any], running: dict[str
         able = dict(running)
         for title, process in able.copy().items():
             try:
-                process.generate(ids, args.new)
+                process.warm_up(ids, args.new)
             except Refused as error:
                 print(f"{title}, prompt of {length}: {error}", file=sys.stderr)
                 yield _absent(title, str(error), common)

@@ -1,6 +1,6 @@
 """PyTorch without qpass: eager, Inductor with a static cache and freezing, and torchao's CPU recipes through Inductor.
 
-Variants: eager, inductor, torchao-int8 (weights), torchao-int4 (weights, groups of 128), torchao-w8a8 (dynamic).
+Variants: eager, inductor, torchao-int8 (weights), torchao-int4 (weights, groups of 128), torchao-w8a8 and torchao-w4a8 (dynamic).
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ if variant.startswith("torchao-"):
         recipe = recipes.Int8WeightOnlyConfig()
     elif kind == "w8a8":
         recipe = recipes.Int8DynamicActivationInt8WeightConfig()
-    elif kind == "int4":
-        recipe = recipes.Int4WeightOnlyConfig(group_size=128, int4_packing_format="opaque")
+    elif kind in ("int4", "w4a8"):
+        from torchao.prototype.quantization import int4  # where its recipes for CPUs are
+
+        chosen = int4.PrototypeInt4WeightOnlyConfig if kind == "int4" else int4.Int8DynamicActivationInt4WeightConfig
+        recipe = chosen(group_size=128)
     else:
-        sys.exit(f"{variant}: accepted are eager, inductor, torchao-int8, torchao-int4 and torchao-w8a8")
+        sys.exit(f"{variant}: accepted are eager, inductor, torchao-int8, torchao-w8a8, torchao-int4 and torchao-w4a8")
     recipes.quantize_(model, recipe)
 step = model.forward if variant == "eager" else torch.compile(model.forward, dynamic=False)
 caches: dict[int, StaticCache] = {}

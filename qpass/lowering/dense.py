@@ -9,6 +9,7 @@ from torch import fx
 
 from qpass.lowering.epilogue import emit_epilogue
 from qpass.lowering.prologue import emit_prologue
+from qpass.ops.quantized_linear import bound_arguments
 
 
 def emit_dense(
@@ -26,7 +27,10 @@ def emit_dense(
     with graph.inserting_before(node):
         if columns is not None:
             x = graph.call_function(torch.mul, (x, columns))
-        if x is not node.args[0]:
+        dtype = bound_arguments(node)["dtype"]
+        if dtype is not None:
+            x = graph.call_function(torch.Tensor.to, (x, dtype))
+        elif x is not node.args[0]:
             x = graph.call_function(torch.Tensor.type_as, (x, node.args[0]))
         matrices = [graph.call_function(torch.t, (w,)) if transposed else w for w, transposed in weights]
         parts = [graph.call_function(torch._C._nn.linear, (x, weight)) for weight in matrices]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, fx
 
 from qpass.ops.epilogue import apply_epilogue
-from qpass.ops.quantized_linear import bound_arguments
+from qpass.ops.quantized_linear import bound_arguments, round_output
+
+_PARTS = ("bias", "activation", "glu", "mul", "residual", "y_scale")
 
 
 def emit_epilogue(graph: fx.Graph, node: fx.Node, y: fx.Node) -> fx.Node:
@@ -14,14 +17,22 @@ def emit_epilogue(graph: fx.Graph, node: fx.Node, y: fx.Node) -> fx.Node:
     with graph.inserting_before(node):
         return graph.call_function(
             finish,
-            (args["x"], y, args["bias"], args["activation"], args["glu"], args["mul"], args["residual"]),
+            (args["x"], args["dtype"], y, *(args[part] for part in _PARTS)),
         )
 
 
 def finish(
-    x: Tensor, y: Tensor, bias: Tensor | None, activation: str, glu: bool, mul: Tensor | None, residual: Tensor | None
+    x: Tensor,
+    dtype: torch.dtype | None,
+    y: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    glu: bool,
+    mul: Tensor | None,
+    residual: Tensor | None,
+    y_scale: float | None,
 ) -> Tensor:
     y = y.float()
     if bias is not None:
         y = y + bias
-    return apply_epilogue(y, activation, glu, mul, residual).to(x.dtype)
+    return round_output(apply_epilogue(y, activation, glu, mul, residual), dtype or x.dtype, y_scale)

@@ -18,10 +18,12 @@ from qpass.kernels.search import search
 from qpass.lowering.site import ANY, Site
 from qpass.ops.epilogue import activation_number
 from qpass.ops.norm import NORMS
+from qpass.ops.packed_linear import DTYPES
 from qpass.ops.quantized_linear import bound_arguments
 from qpass.qweight import QWeight
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ALIKE = ("norm_weight", "norm_bias", "norm_eps", "x_scale", "outliers", "outlier_weight", "y_scale")
+"""Arguments that packed_linear takes as quantized_linear has them."""
 
 
 class Generated:
@@ -65,11 +67,13 @@ class Generated:
         load.ensure(format)
         operands = (args["x"], packed[0], args["bias"], args["mul"], args["residual"])
         numbers = (n, k, format.number, activation_number(args["activation"]), args["glu"])
-        prologue = {name: args[name] for name in ("norm_weight", "norm_bias", "norm_eps", "x_scale") if args[name]}
+        others = {name: args[name] for name in _ALIKE if args[name]}
         if args["norm"] != "none":
-            prologue["norm"] = NORMS.index(args["norm"])
+            others["norm"] = NORMS.index(args["norm"])
+        if args["dtype"] is not None:
+            others["dtype"] = DTYPES.index(args["dtype"])
         with graph.inserting_before(node):
-            return graph.call_function(torch.ops.qpass.packed_linear.default, (*operands, *numbers), prologue)
+            return graph.call_function(torch.ops.qpass.packed_linear.default, (*operands, *numbers), others)
 
     def predict_ms(self, site: Site, m: int, packed: tuple[Tensor, ...], cpu: Cpu) -> float:
         """What the performance model says of a call with M tokens; the first on a machine settles how it is walked."""

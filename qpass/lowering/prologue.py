@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import fx
+from torch import Tensor, fx
 
 from qpass.ops.prologue import apply_norm_of
 from qpass.ops.quantized_linear import bound_arguments
@@ -12,8 +12,16 @@ def emit_prologue(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """What the quantized_linear ``node`` multiplies (a16, in x's dtype) or quantizes (a8, fp32): x, normalized if it says so."""
     args = bound_arguments(node)
     x: fx.Node = args["x"]
+    if args["dtype"] is not None:  # int8 codes
+        with graph.inserting_before(node):
+            return graph.call_function(dequantize, (x, args["x_scale"]))
     if args["norm"] == "none":
         return x
     operands = (x, args["rule"], args["norm"], args["norm_weight"], args["norm_bias"], args["norm_eps"])
     with graph.inserting_before(node):
         return graph.call_function(apply_norm_of, operands)
+
+
+def dequantize(x: Tensor, scale: float) -> Tensor:
+    """int8 codes as fp32."""
+    return x.float() * scale

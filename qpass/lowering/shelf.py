@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,8 @@ MOST_GB = 16
 SMALLEST = 1 << 18
 """Bytes. Less is packed sooner than a file is opened."""
 
+_TEMPORARY = ".packed-"
+_ABANDONED_S = 3600  # no file takes an hour to write
 _DIGEST = "sha256"
 _SOURCES = ("checkpoints/*.py", "kernels/pack.py", "kernels/format.py", "lowering/store.py", "qweight.py")
 
@@ -66,7 +69,14 @@ def obtain(name: str, size: int, make: Callable[[], tuple[Tensor, ...]]) -> tupl
 
 
 def prune(folder: Path, most: int, keep: Path | None = None) -> int:
-    """Delete the files unused for longest until ``most`` bytes are left, never ``keep``; returns how many went."""
+    """Delete the files unused for longest until ``most`` bytes are left, never ``keep``; returns how many went.
+
+    What a killed process left half-written goes with them.
+    """
+    for path in folder.glob(_TEMPORARY + "*"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < time.time() - _ABANDONED_S:
+                path.unlink()
     files = []
     for path in folder.glob("*.safetensors"):
         with contextlib.suppress(OSError):
@@ -106,7 +116,7 @@ def _read(file: Path) -> tuple[Tensor, ...] | None:
 
 
 def _write(file: Path, tensors: tuple[Tensor, ...]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=".packed-")
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=_TEMPORARY)
     os.close(handle)
     try:
         save_file({str(i): t for i, t in enumerate(tensors)}, temporary, metadata={_DIGEST: _digest(list(tensors))})

@@ -150,9 +150,20 @@ class WeightStore:
         return self._kept((weights, format, packer.name, glu), refs, stored)
 
     def columns(self, refs: tuple[WeightRef, ...], index: Tensor) -> Tensor:
-        """Some columns of the refs' weights, one under the other, in their own dtype: [N, len(index)]."""
-        key = (tuple((id(r.parameter), r.transposed) for r in refs), "columns", tuple(index.tolist()))
-        return self._kept(key, refs, lambda: (torch.cat([self.values(ref)[:, index] for ref in refs]),))[0]
+        """Some columns of the refs' weights, as rows side by side, in their own dtype: [len(index), N].
+
+        Their smoothing scales the rows of the weights only: these columns meet inputs as they are.
+        """
+        weights = tuple((id(r.parameter), r.transposed, r.scaling and r.scaling.key) for r in refs)
+
+        def make() -> tuple[Tensor, ...]:
+            parts = []
+            for ref in refs:
+                part, rows = self.values(ref)[:, index], ref.scaling and ref.scaling.rows
+                parts.append(part if rows is None else (part * rows[:, None]).to(part.dtype))
+            return (torch.cat(parts).t().contiguous(),)
+
+        return self._kept((weights, "columns", tuple(index.tolist())), refs, make)[0]
 
     def _kept(
         self, key: tuple, refs: tuple[WeightRef, ...], make: Callable[[], tuple[Tensor, ...]]

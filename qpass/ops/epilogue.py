@@ -41,8 +41,10 @@ def apply_epilogue(y: Tensor, activation: str, glu: bool, mul: Tensor | None, re
     return y
 
 
-def fake_output(x: Tensor, n: int, glu: bool) -> Tensor:
-    return x.new_empty((*x.shape[:-1], output_features(n, glu)), dtype=x.dtype, device=x.device)
+def fake_output(x: Tensor, n: int, glu: bool, dtype: torch.dtype | None = None, y_scale: float | None = None) -> Tensor:
+    """``dtype`` None: x's; int8 codes where there is a ``y_scale``."""
+    dtype = torch.int8 if y_scale is not None else dtype or x.dtype
+    return x.new_empty((*x.shape[:-1], output_features(n, glu)), dtype=dtype, device=x.device)
 
 
 def check_activation(activation: str) -> None:

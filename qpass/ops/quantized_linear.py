@@ -17,7 +17,8 @@ from qpass.scheme import Format
 LIBRARY.define(
     "quantized_linear(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor? bias, int bits, int group, str rule,"
     " str activation='none', bool glu=False, Tensor? mul=None, Tensor? residual=None, str norm='none',"
-    " Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.0, float? x_scale=None) -> Tensor"
+    " Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.0, float? x_scale=None, Tensor? outliers=None,"
+    " Tensor? outlier_weight=None, float? y_scale=None, ScalarType? dtype=None) -> Tensor"
 )
 
 
@@ -39,33 +40,64 @@ def _quantized_linear(
     norm_bias: Tensor | None = None,
     norm_eps: float = 0.0,
     x_scale: float | None = None,
+    outliers: Tensor | None = None,
+    outlier_weight: Tensor | None = None,
+    y_scale: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``x [..., K]``, a QWeight [N, K] by its tensors (``group`` 0: per channel), ``bias`` [N]; out [..., N] in x's dtype.
 
     ``rule`` is the scheme's activation: a16 multiplies x as it is; a8-token, a8-token-group and a8-static (by ``x_scale``)
     quantize it first. With a ``norm`` (over K, by fp32 ``norm_weight`` and ``norm_bias`` [K]) the rows of x are normalized
     in fp32 before either: rounded once to x's dtype for a16, not at all for a8.
+
+    ``outliers`` int64 [C], of a8 rules: inputs that are zero in what is quantized, and multiplied by ``outlier_weight``
+    [C, N] as they are. With ``y_scale`` out is the int8 codes that a8-static makes of it; such an x is multiplied by ``x_scale`` as it is,
+    and ``dtype`` names what out and the epilogue's operands have instead of its own.
     """
     check_activation(activation)
     check_x_scale(rule, x_scale)
     weight = QWeight(
         codes, scales, zeros, Format(bits, group or None, float_zeros=zeros.is_floating_point())
     ).dequantize()
-    dtype, x = x.dtype, apply_norm_of(x, rule, norm, norm_weight, norm_bias, norm_eps)
+    dtype, x = dtype or x.dtype, apply_norm_of(x, rule, norm, norm_weight, norm_bias, norm_eps)
     rows = x.reshape(-1, x.shape[-1]).float()
-    if rule != "a16":
+    apart = None if outliers is None else rows[:, outliers] @ outlier_weight.float()  # type: ignore[union-attr]
+    if outliers is not None:
+        rows = rows.index_fill(1, outliers, 0.0)
+    if x_scale is not None:
+        rows = (rows if x.dtype == torch.int8 else quantize_by_scale(rows, x_scale)[0]) * x_scale
+    elif rule != "a16":
         length = group if rule == "a8-token-group" and group else rows.shape[1]
-        values, act_scales = quantize_activation(rows, length) if x_scale is None else quantize_by_scale(rows, x_scale)
+        values, act_scales = quantize_activation(rows, length)
         rows = values * act_scales.repeat_interleave(length, dim=1)[:, : rows.shape[1]]
     y = rows @ weight.t()
+    if apart is not None:
+        y = y + apart
     if bias is not None:
         y = y + bias.float()
     y = y.view(*x.shape[:-1], codes.shape[0])
-    return apply_epilogue(y, activation, glu, mul, residual).to(dtype)
+    return round_output(apply_epilogue(y, activation, glu, mul, residual), dtype, y_scale)
 
 
-def _fake(x: Tensor, codes: Tensor, *args: Any, glu: bool = False, **kwargs: Any) -> Tensor:
-    return fake_output(x, codes.shape[0], args[7] if len(args) > 7 else glu)
+def round_output(y: Tensor, dtype: torch.dtype, y_scale: float | None) -> Tensor:
+    """fp32 ``y`` in ``dtype``, or as int8 codes of ``y_scale``."""
+    if y_scale is None:
+        return y.to(dtype)
+    values, _ = quantize_by_scale(y.reshape(-1, y.shape[-1]), y_scale)
+    return values.to(torch.int8).view(y.shape)
+
+
+def _fake(
+    x: Tensor,
+    codes: Tensor,
+    *args: Any,
+    glu: bool = False,
+    y_scale: float | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    return fake_output(x, codes.shape[0], args[7] if len(args) > 7 else glu, dtype, y_scale)
 
 
 LIBRARY.impl("quantized_linear", _quantized_linear, "CompositeExplicitAutograd")

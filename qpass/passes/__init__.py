@@ -11,6 +11,7 @@ from qpass.passes.context import Context
 from qpass.passes.fold_smoothing import fold_smoothing
 from qpass.passes.fuse_epilogues import fuse_epilogues
 from qpass.passes.fuse_norms import fuse_norms
+from qpass.passes.keep_int8 import keep_int8
 from qpass.passes.lower import lower
 from qpass.passes.merge_siblings import merge_siblings
 from qpass.passes.quantize_linears import quantize_linears
@@ -24,6 +25,7 @@ PIPELINE: tuple[Pass, ...] = (
     quantize_linears,  # codes in place of weights: the only pass that changes what linears compute
     fuse_norms,  # a norm is computed as the one linear behind it reads its input
     fuse_epilogues,  # what follows a linear point by point runs before its output is rounded
+    keep_int8,  # between two linears with static scales the values are rounded once, to int8
     lower,  # each site to the first lowering that takes it
     share_embeddings,  # a tied table is stored once: the embedding reads rows of the head's packed weight
     chain_calls,  # calls of our kernels that follow each other are one: Python has no part between them

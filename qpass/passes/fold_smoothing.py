@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,14 +29,14 @@ X_SCALE = "qpass_x_scale"
 """And the static scale of its int8 input."""
 
 OUTLIERS = "qpass_outliers"
-"""And how many inputs are multiplied apart, in 16 bits."""
+"""And which inputs are kept from int8 and multiplied in 16 bits, int64 in order."""
 
 _SCHEME, _NOTES = "qpass_scheme", "qpass_notes"
 
 
 @dataclass(frozen=True)
 class _Family:
-    """Linears that read one ``x``, and want ``x * inverse`` in its place: one over the divisor, 0 for an outlier."""
+    """Linears that read one ``x``, and want ``x * inverse``, one over the divisor, in its place."""
 
     linears: list[fx.Node]
     inverse: Tensor | None
@@ -71,8 +70,7 @@ def fold_smoothing(graph: fx.Graph, ctx: Context) -> int:
         if not (_into_norm(graph, family, inverse, ctx) or _into_linear(family, inverse, ctx, writes)):
             _divide(graph, family, inverse)
         for node in family.linears:
-            what = "outliers" if OUTLIERS in node.meta else "smoothed"
-            node.meta["qpass_fused"] = (what, *node.meta.get("qpass_fused", ()))
+            node.meta["qpass_fused"] = ("smoothed", *node.meta.get("qpass_fused", ()))
         count += 1
     return count
 
@@ -132,7 +130,8 @@ def _told(linears: list[fx.Node], decision: Decision | None, ctx: Context) -> Te
     """What the linears' one input is multiplied by, and in their meta what else was decided."""
     schemes = [ctx.scheme_for(node) for node in linears]
     if any(scheme.outliers for scheme in schemes):
-        return _keep_apart(linears, schemes, ctx)
+        _keep_apart(linears, schemes, ctx)
+        return None
     own = _own_inverse(linears, ctx)
     if decision is None:
         return own
@@ -148,33 +147,19 @@ def _told(linears: list[fx.Node], decision: Decision | None, ctx: Context) -> Te
     return own if decision.smoothed.divisor is None else decision.smoothed.divisor.reciprocal()
 
 
-def _keep_apart(linears: list[fx.Node], schemes: list[Scheme], ctx: Context) -> Tensor | None:
-    """Zero the outliers of the linears' one input in what int8 sees, and add their product with their columns to each.
-
-    The columns are gathered once; the addition is a residual that fuse_epilogues takes where no activation follows.
-    """
+def _keep_apart(linears: list[fx.Node], schemes: list[Scheme], ctx: Context) -> None:
+    """Say in the linears' meta which of their inputs stand out; their columns are zeros in what is quantized."""
     assert ctx.calibrated is not None
-    name, graph, x = linears[0].meta["qpass_names"][0], linears[0].graph, linears[0].args[0]
+    name = linears[0].meta["qpass_names"][0]
     absmax = ctx.calibrated.seen(name, next(scheme for scheme in schemes if scheme.outliers)).absmax
     outliers = outlier_columns(absmax)
     if outliers is None:
-        return None
+        return
     mask = torch.ones_like(absmax).index_fill_(0, outliers, 0.0)
-    with graph.inserting_before(min(linears)):
-        few = graph.call_function(torch.index_select, (x, -1, attach(graph, "qpass_outliers", outliers)))
-    few.meta = {VALUE: tensor_of(x)[..., : len(outliers)].clone()}  # type: ignore[index]
-    for node in linears:
-        refs = tuple(ref for weight in node.args[1] if (ref := ctx.weight_ref(weight)) is not None)  # type: ignore[union-attr]
-        with graph.inserting_after(node):
-            whole = graph.call_function(operator.add, (node, node))
-        with graph.inserting_before(whole):
-            columns = attach(graph, "qpass_outlier_columns", ctx.weights.columns(refs, outliers))
-            part = graph.call_function(torch._C._nn.linear, (few, columns))
-        part.meta = whole.meta = {VALUE: node.meta[VALUE]}
-        node.replace_all_uses_with(whole)
-        whole.args = (node, part)
-        node.meta[OUTLIERS], node.meta[COLUMNS] = len(outliers), mask
-    return mask
+    for node, scheme in zip(linears, schemes, strict=True):
+        if scheme.outliers:
+            node.meta[OUTLIERS], node.meta[COLUMNS] = outliers, mask  # one of each: what is stored goes by their values
+            node.meta["qpass_fused"] = ("outliers", *node.meta.get("qpass_fused", ()))
 
 
 def _reading(linears: list[fx.Node], ctx: Context) -> Callable[[], list[Tensor]]:
@@ -209,8 +194,6 @@ def _into_norm(graph: fx.Graph, family: _Family, inverse: Tensor, ctx: Context) 
 
 
 def _into_linear(family: _Family, inverse: Tensor, ctx: Context, writes: Writes) -> bool:
-    if any(OUTLIERS in node.meta for node in family.linears):
-        return False  # they are read as they were
     if set(family.x.users) != set(family.linears) or writes.touch(family.x, *family.linears):
         return False
     found: Rows | None = rows_before(family.x, writes)

@@ -13,7 +13,7 @@ from qpass.lowering.site import Site
 from qpass.ops.norm import apply_norm
 from qpass.passes.attributes import attach, detach_unused
 from qpass.passes.context import Context, SiteRecord
-from qpass.passes.fold_smoothing import COLUMNS, ROWS
+from qpass.passes.fold_smoothing import COLUMNS, OUTLIERS, ROWS
 from qpass.passes.norms import NORM
 from qpass.passes.values import tensor_of
 
@@ -75,7 +75,7 @@ def _lower_site(graph: fx.Graph, node: fx.Node, ctx: Context) -> None:
                 *node.meta.get("qpass_notes", ()),
                 *refusals,
             ),
-            same_rows=0 if stays or scheme.outliers else lowering.same_rows(site, ctx.cpu),
+            same_rows=0 if stays else lowering.same_rows(site, ctx.cpu),
             m=timing.m if timing else 0,
             predicted_ms=timing.predicted_ms if timing else None,
             measured_ms=timing.ms if timing else None,
@@ -85,8 +85,8 @@ def _lower_site(graph: fx.Graph, node: fx.Node, ctx: Context) -> None:
 
 
 def _scalings(node: fx.Node) -> tuple[Tensor | None, Tensor | None]:
-    """What smoothing multiplied the node's weights by: columns [K], rows [N]."""
-    return node.meta.get(COLUMNS), node.meta.get(ROWS)
+    """What smoothing multiplied the node's weights and divided its input by: columns [K], rows [N]."""
+    return None if OUTLIERS in node.meta else node.meta.get(COLUMNS), node.meta.get(ROWS)
 
 
 def _leave(graph: fx.Graph, node: fx.Node, ctx: Context) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from qpass.lowering.store import Scaling, WeightRef
 from qpass.passes.attributes import attach
 from qpass.passes.context import Context
-from qpass.passes.fold_smoothing import COLUMNS, ROWS, X_SCALE, scheme_of
+from qpass.passes.fold_smoothing import COLUMNS, OUTLIERS, ROWS, X_SCALE, scheme_of
 from qpass.passes.values import VALUE
 from qpass.qweight import zero_dtype
 from qpass.scheme import Format
@@ -46,11 +46,13 @@ def quantize_linears(graph: fx.Graph, ctx: Context) -> int:
                 value = ctx.weights.bias(parameters, tuple(ref.shape[0] for ref in refs))
                 rows = node.meta.get(ROWS)
                 bias = attach(graph, "qpass_bias", value if rows is None else value * rows)
+            others = {"x_scale": node.meta[X_SCALE]} if scheme.activation == "a8-static" else {}
+            others |= _outliers(graph, node, refs, ctx)
             group = scheme.weight.group or 0
             new = graph.call_function(
                 torch.ops.qpass.quantized_linear.default,
                 (x, *attributes, bias, scheme.weight.bits, group, scheme.activation),
-                {"x_scale": node.meta[X_SCALE]} if scheme.activation == "a8-static" else {},
+                others,
             )
         new.meta = dict(node.meta) | {
             "qpass_refs": refs,
@@ -77,6 +79,17 @@ def _scaled_refs(node: fx.Node, ctx: Context) -> tuple[WeightRef, ...]:
         refs.append(ref)
         start = end
     return tuple(refs)
+
+
+def _outliers(graph: fx.Graph, node: fx.Node, refs: tuple[WeightRef, ...], ctx: Context) -> dict[str, fx.Node]:
+    """The inputs that are kept from int8, and their columns of the weights, a row each: [C, N] in the model's dtype."""
+    index = node.meta.get(OUTLIERS)
+    if index is None:
+        return {}
+    return {
+        "outliers": attach(graph, "qpass_outliers", index),
+        "outlier_weight": attach(graph, "qpass_outlier_weight", ctx.weights.columns(refs, index)),
+    }
 
 
 def _in_order(graph: fx.Graph, x: fx.Node, order: Tensor) -> fx.Node:

@@ -10,6 +10,7 @@ from torch import fx
 from qpass.ops.quantized_linear import bound_arguments
 from qpass.passes.activations import activation_of, spells_activation
 from qpass.passes.context import Context
+from qpass.passes.keep_int8 import scale_wanted
 from qpass.passes.linears import is_unspelled
 from qpass.passes.names import Names
 from qpass.passes.norms import norm_of_call
@@ -27,6 +28,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "quantize_linears": frozenset({"linear", "norm", "quantized_linear"}),
     "fuse_norms": frozenset({"linear", "norm", "quantized_linear"}),
     "fuse_epilogues": frozenset({"linear", "norm", "quantized_linear"}),
+    "keep_int8": frozenset({"linear", "norm", "quantized_linear"}),
     "lower": frozenset({"quantized_linear", "packed_linear"}),
     "share_embeddings": frozenset({"quantized_linear", "packed_linear", "packed_embedding"}),
     "chain_calls": frozenset({"quantized_linear", "packed_linear", "packed_embedding", "chain"}),
@@ -34,11 +36,13 @@ ALLOWED: dict[str, frozenset[str]] = {
 """By pass: the ops of ``torch.ops.qpass`` that may stand behind it. A pass that is not named here is not checked."""
 
 _NORM_ARGUMENTS = frozenset({"norm", "norm_weight", "norm_bias", "norm_eps"})
+_INPUT = frozenset({"x_scale", "outliers", "outlier_weight"})
 _FUSED_SO_FAR: dict[str, frozenset[str]] = {
-    "quantize_linears": frozenset({"x_scale"}),
-    "fuse_norms": frozenset({"x_scale"}) | _NORM_ARGUMENTS,
+    "quantize_linears": _INPUT,
+    "fuse_norms": _INPUT | _NORM_ARGUMENTS,
+    "fuse_epilogues": _INPUT | _NORM_ARGUMENTS | {"activation", "glu", "mul", "residual"},
 }
-"""What a quantized_linear may say behind a pass, beside its weight: epilogues come with fuse_epilogues."""
+"""What a quantized_linear may say behind a pass, beside its weight: epilogues come with fuse_epilogues, int8 outputs with keep_int8."""
 
 
 def check(stage: str, graph: fx.Graph, ctx: Context) -> list[str]:
@@ -59,6 +63,13 @@ def check(stage: str, graph: fx.Graph, ctx: Context) -> list[str]:
             f"{node.name}: {', '.join(early)} in a quantized_linear after {stage}"
             for node in graph.find_nodes(op="call_function", target=QUANTIZED)
             if (early := sorted(set(_named(node)) - _FUSED_SO_FAR[stage]))
+        ]
+    if stage == "keep_int8":
+        writes = Writes(graph)
+        complaints += [
+            f"{node.name}: is rounded to {tensor_of(node).dtype}, and then to int8"  # type: ignore[union-attr]
+            for node in graph.find_nodes(op="call_function", target=QUANTIZED)
+            if scale_wanted(node) is not None and node.kwargs.get("y_scale") is None and not writes.touch(node)
         ]
     if stage == "lower":
         complaints += _check_lowered(graph)

@@ -60,8 +60,8 @@ struct Case {
 constexpr QpassTuning kWalks[] = {{0, 1 << 30, 1 << 30}, {1 << 30, 1 << 30, 1 << 30}, {0, 1, 1 << 30}, {0, 1, 1}};
 
 int64_t exercise(const QpassKernel& kernel, const Case& t) {
-  const int64_t size = t.dtype == QPASS_F32 ? 4 : 2, outputs = t.glu ? t.n / 2 : t.n, bytes = kernel.packed_bytes(t.n, t.k, t.glu);
-  Guarded packed(bytes, t.at_end), x(t.m * t.k * size, t.at_end), y(t.m * outputs * size, t.at_end);
+  const int64_t size = t.dtype == QPASS_F32 ? 4 : 2, y_size = t.m % 3 == 2 ? 1 : size, outputs = t.glu ? t.n / 2 : t.n, bytes = kernel.packed_bytes(t.n, t.k, t.glu);
+  Guarded packed(bytes, t.at_end), x(t.m * t.k * size, t.at_end), y(t.m * outputs * y_size, t.at_end);
   Guarded mul(t.m * outputs * size, t.at_end), residual(t.m * outputs * size, t.at_end);
   Guarded bias(t.n * 4, t.at_end), norm_weight(t.k * 4, t.at_end), norm_bias(t.k * 4, t.at_end);
   for (int64_t i = 0; i < bytes; i++) packed.data[i] = random_bits() & 0x3b;  // finite as scales of either width
@@ -71,12 +71,25 @@ int64_t exercise(const QpassKernel& kernel, const Case& t) {
   fill(bias.data, t.n, QPASS_F32);
   fill(norm_weight.data, t.k, QPASS_F32);
   fill(norm_bias.data, t.k, QPASS_F32);
+  // Every third input, and codes instead of x, where the format takes them.
+  const int64_t outliers = kernel.rule != QPASS_A16 && t.everything ? (t.k + 2) / 3 : 0, lanes = (t.k + 15) / 16 * 16;
+  const bool codes = kernel.rule == QPASS_A8_STATIC && !t.everything && t.m % 2;
+  Guarded index(outliers * 8, t.at_end), columns(outliers * t.n * size, t.at_end), kept(lanes * 4, t.at_end), int8(t.m * t.k, t.at_end);
+  fill(columns.data, outliers * t.n, t.dtype);
+  memset(kept.data, 0xff, lanes * 4);
+  for (int64_t i = 0; i < outliers; i++) ((int64_t*)index.data)[i] = 3 * i, ((int32_t*)kept.data)[3 * i] = 0;
+  for (int64_t i = 0; i < t.m * t.k; i++) int8.data[i] = uint8_t(random_bits());
 
   QpassCall call{};
-  call.x = x.data, call.x_stride = t.k, call.m = t.m, call.n = t.n, call.k = t.k;
+  call.x = codes ? int8.data : x.data, call.x_int8 = codes, call.x_stride = t.k, call.m = t.m, call.n = t.n, call.k = t.k;
   call.dtype = t.dtype, call.glu = t.glu, call.packed = packed.data;
   call.y = y.data, call.y_stride = outputs;
   call.x_scale = kernel.rule == QPASS_A8_STATIC ? 0.01f : 0.0f;
+  if (outliers) {
+    call.outliers = outliers, call.outlier_index = (const int64_t*)index.data;
+    call.outlier_weight = columns.data, call.kept = (const int32_t*)kept.data;
+  }
+  if (t.m % 3 == 2) call.y_scale = 0.02f;
   if (t.everything) {
     call.activation = QPASS_SILU, call.norm = t.glu ? QPASS_RMS_NORM : QPASS_LAYER_NORM, call.norm_eps = 1e-5f;
     call.bias = (const float*)bias.data;
@@ -93,11 +106,11 @@ int64_t exercise(const QpassKernel& kernel, const Case& t) {
     kernel.prepare(&call, 0, t.m);
     const int64_t tasks = kernel.partition(&call);
     Guarded scratch(kernel.scratch_bytes(&call), t.at_end, 64);
-    memset(y.data, 0xff, t.m * outputs * size);
+    memset(y.data, 0xff, t.m * outputs * y_size);
     if (calls % 2) kernel.run(&call, scratch.data, 0, tasks);
     else
       for (int64_t task = 0; task < tasks; task++) kernel.run(&call, scratch.data, task, task + 1);
-    const std::vector<uint8_t> result(y.data, y.data + t.m * outputs * size);
+    const std::vector<uint8_t> result(y.data, y.data + t.m * outputs * y_size);
     if (first.empty()) first = result;
     if (result != first) {
       printf("m = %ld, n = %ld, k = %ld, dtype %d, glu %d: walk %ld gives other bits\n", t.m, t.n, t.k, t.dtype, t.glu, calls);

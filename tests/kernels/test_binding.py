@@ -121,7 +121,7 @@ def call(weight: Weight, **changes: object) -> torch.Tensor:
         ({"bias": torch.zeros(140)[::2]}, "contiguous"),
         ({"mul": torch.zeros(2, 69)}, "mul has shape .2, 69., the output .2, 70."),
         ({"mul": torch.zeros(70)}, "mul has shape"),
-        ({"mul": torch.zeros(2, 70).half()}, "mul must have x's dtype"),
+        ({"mul": torch.zeros(2, 70).half()}, "mul must have float32 elements"),
         ({"residual": torch.zeros(2, 2, 70)}, "residual has shape"),
         ({"glu": True, "n": 71}, "must be even"),
         ({"norm": 3}, "unknown norm 3; accepted: 0, 1, 2"),

@@ -69,3 +69,22 @@ def test_with_a_norm(lowering: str, name: str, norm: str) -> None:
     assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
     # bf16 output leaves about 50 dB; ATen's kernels round their product to bf16 in front of the epilogue, and their scales.
     assert sqnr_db(expected, result) > (32 if lowering == "aten" else 42)
+
+
+@pytest.mark.parametrize("lowering", ["generated", "onednn", "reference"])
+@pytest.mark.parametrize("name", ["w8a8-dynamic", "w8a8-static"])
+def test_with_outliers(lowering: str, name: str) -> None:
+    """Normalized with the rest, never quantized."""
+    torch.manual_seed(0)
+    scheme = Scheme.parse(name)
+    refusal = by_name(lowering).refuse(Site(("fc",), 128, 256, scheme, torch.bfloat16), detect())
+    if refusal is not None:
+        pytest.skip(refusal)
+    few = torch.tensor([3, 64, 255])
+    x = torch.randn(2, 5, 256).index_fill(-1, few, 40.0).bfloat16()
+    inputs = {"x": x, "outliers": few, "outlier_weight": torch.randn(3, 128).bfloat16()}
+    keywords: dict[str, object] = {"norm": "rms", "norm_eps": 1e-5, "activation": "silu", "glu": True}
+    if name == "w8a8-static":
+        keywords["x_scale"] = 0.02
+    expected, result = emitted(lowering, scheme, inputs, **keywords)
+    assert sqnr_db(expected, result) > 42

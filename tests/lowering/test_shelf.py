@@ -148,6 +148,17 @@ def test_the_ones_unused_for_longest_go(folder: Path, monkeypatch: pytest.Monkey
     assert _packed(parameters[1])[1] == 1
 
 
+def test_what_a_killed_process_left_goes(folder: Path) -> None:
+    _packed(_parameter())
+    left, begun = folder / ".packed-left", folder / ".packed-begun"
+    for path in (left, begun):
+        path.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    _packed(_parameter("file two"))
+    assert begun.exists()
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("told", ["many", "-1", "nan", "inf"])
 def test_a_size_that_is_none_is_refused(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QPASS_PACKED_GB", told)

@@ -4,9 +4,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QPASS_ABI 3
+#define QPASS_ABI 4
 
-enum QpassDtype { QPASS_F32 = 0, QPASS_BF16 = 1, QPASS_F16 = 2 };
+enum QpassDtype { QPASS_F32 = 0, QPASS_BF16 = 1, QPASS_F16 = 2, QPASS_I8 = 3 };
 enum QpassActivation { QPASS_NONE = 0, QPASS_RELU = 1, QPASS_GELU = 2, QPASS_GELU_TANH = 3, QPASS_SILU = 4 };
 enum QpassRule { QPASS_A16 = 0, QPASS_A8_TOKEN = 1, QPASS_A8_TOKEN_GROUP = 2, QPASS_A8_STATIC = 3 };
 enum QpassNorm { QPASS_NO_NORM = 0, QPASS_RMS_NORM = 1, QPASS_LAYER_NORM = 2 };
@@ -23,7 +23,7 @@ struct QpassCall {
   const void* x;
   int64_t x_stride;
   int64_t m, n, k;  // n counts W's rows: gate and up together when glu
-  int32_t dtype;    // of x, mul, residual and y
+  int32_t dtype;    // of mul and residual; of x, unless x_int8; of y, unless y_scale
   int32_t activation;
   int32_t glu;
   int32_t threads;
@@ -31,7 +31,13 @@ struct QpassCall {
   const float* norm_weight;  // [k], or null for ones
   const float* norm_bias;    // [k], or null for zeros
   float norm_eps;
-  float x_scale;  // of the int8 activations, QPASS_A8_STATIC only
+  float x_scale;   // of the int8 activations, QPASS_A8_STATIC only
+  int32_t x_int8;  // x holds them already
+  float y_scale;   // y takes int8 codes of this scale; 0 for none
+  int64_t outliers;              // inputs that are left out of int8 and multiplied in fp32; 0 for none
+  const int64_t* outlier_index;  // [outliers], each in 0..k-1
+  const void* outlier_weight;    // [outliers][n], of dtype
+  const int32_t* kept;           // [k rounded up to 16]: 0 for an outlier, -1 for all others; null without any
   const uint8_t* packed;
   const float* bias;  // [n] or null
   const void* mul;    // [m][outputs] or null

@@ -112,7 +112,7 @@ Tensor attention(Tensor q, Tensor k, Tensor v, Tensor span, double scale, double
   const QpassAttention* table = kernel.load(std::memory_order_acquire);
   CHECK(table != nullptr, "no kernel is loaded (qpass.kernels.attention_unit.ensure loads it)");
 
-  Tensor out = empty_like(q, {call.batch, call.queries, call.heads, call.value_width});
+  Tensor out = empty({call.batch, call.queries, call.heads, call.value_width}, dtype_of(q));
   if (call.batch == 0 || call.queries == 0) return out;
   Optional q_copy, k_copy, v_copy;
   std::vector<float> slope_copy, sink_copy;

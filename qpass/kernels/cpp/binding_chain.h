@@ -16,12 +16,13 @@ namespace chain {
 
 constexpr const char* op = "chain";
 using Optional = std::optional<Tensor>;
+constexpr int64_t kNone = std::numeric_limits<int64_t>::min();
 
 // One call: its op's arguments in the order of its schema, those of a kind together. A slot is -1 where none is given.
 struct Step {
   enum Kind { kLinear, kAttention, kFlatten } kind;
-  std::vector<int64_t> slots, integers;
-  std::vector<double> numbers;  // NaN where none is given
+  std::vector<int64_t> slots, integers;  // kNone where none is given
+  std::vector<double> numbers;           // NaN where none is given
   std::vector<int64_t> last;    // slots that nobody reads behind this step
   std::string name;             // for the profiler
 };
@@ -39,7 +40,7 @@ struct Signature {
   const char* arguments;
 };
 constexpr Signature kSignatures[] = {
-    {"packed_linear", Step::kLinear, "tttttiiiiiittff"},
+    {"packed_linear", Step::kLinear, "tttttiiiiiittffttfi"},
     {"attention", Step::kAttention, "ttttfftt"},
     {"flatten", Step::kFlatten, "t"},
 };
@@ -71,7 +72,7 @@ Step read_step(std::istringstream& line, const std::string& name, int64_t known)
       CHECK(bool(line >> word), name, " has too few arguments");
       char* end = nullptr;
       if (*kind == 't') step.slots.push_back(slot_of(word, known, true));
-      if (*kind == 'i') step.integers.push_back(strtoll(word.c_str(), &end, 10));
+      if (*kind == 'i') step.integers.push_back(word == "-" ? kNone : strtoll(word.c_str(), &end, 10));
       if (*kind == 'f') step.numbers.push_back(word == "-" ? NAN : strtod(word.c_str(), &end));
       CHECK(end == nullptr || *end == 0 || word == "-", name, ": '", word, "' is not a number");
     }
@@ -152,11 +153,12 @@ Tensor run(const Step& step, const std::vector<Optional>& slots) {
   auto tensor = [&](size_t i) -> const Tensor& { return *slots[step.slots[i]]; };
   const auto& n = step.integers;
   const auto& f = step.numbers;
+  auto maybe = [](double number) { return std::isnan(number) ? std::nullopt : std::optional<double>(number); };
   switch (step.kind) {
     case Step::kLinear:
       return linear::packed_linear(tensor(0), tensor(1), given(2), given(3), given(4), n[0], n[1], n[2], n[3],
-                                   n[4] != 0, n[5], given(5), given(6), f[0],
-                                   std::isnan(f[1]) ? std::nullopt : std::optional<double>(f[1]));
+                                   n[4] != 0, n[5], given(5), given(6), f[0], maybe(f[1]), given(7), given(8), maybe(f[2]),
+                                   n[6] == kNone ? std::nullopt : std::optional<int64_t>(n[6]));
     case Step::kAttention:
       return attention::attention(tensor(0), tensor(1), tensor(2), tensor(3), f[0], f[1], given(4), given(5));
     default:

@@ -1,5 +1,5 @@
-// What happens to the totals before they are rounded: activation scale, bias, activation, gate, multiply, residual; all
-// in fp32.
+// What happens to the totals before they are rounded: activation scale, outliers, bias, activation, gate, multiply,
+// residual; all in fp32.
 #pragma once
 #include "prologue.h"
 
@@ -39,13 +39,44 @@ QPASS_INLINE F32 activate(F32 x, int activation) {
 }
 
 // The linear's own value: the terms' totals added up, times the token's scale where it is not part of the fold yet,
-// plus bias.
+// plus what the outliers give (null: none), plus bias.
 template <class F>
-QPASS_INLINE F32 finish(const float* total, int terms, float token_scale, const float* bias, int n) {
+QPASS_INLINE F32 finish(const float* total, int terms, float token_scale, const float* outliers, const float* bias,
+                        int n) {
   F32 v = load_f32(total);
   for (int t = 1; t < terms; t++) v = add(v, load_f32(total + t * kBlock));
   if constexpr (F::rule == QPASS_A8_TOKEN || F::rule == QPASS_A8_STATIC) v = mul(v, set(token_scale));
+  if (outliers) v = add(v, load_f32(outliers));
   return bias ? add(v, load_float<QPASS_F32>(bias, 0, n)) : v;
+}
+
+// What the outliers of `Rows` tokens add to the 64 outputs from column n of their weight on; `apart` [Rows][outliers].
+template <int Dtype, int Rows>
+void multiply_outliers(const QpassCall& c, const float* apart, int64_t n, int64_t lanes, float* out) {
+  F32 total[Rows][kVectors];
+  for (auto& row : total)
+    for (auto& v : row) v = set(0.0f);
+  for (int64_t j = 0; j < c.outliers; j++) {
+    F32 w[kVectors];
+    for (int i = 0; i < kVectors; i++) {
+      const int64_t rest = lanes - i * kLanes, at = j * c.n + n + i * kLanes;
+      w[i] = rest > 0 ? load_float<Dtype>(c.outlier_weight, at, int(rest < kLanes ? rest : kLanes)) : set(0.0f);
+    }
+    for (int r = 0; r < Rows; r++)
+      for (int i = 0; i < kVectors; i++) total[r][i] = fma(set(apart[r * c.outliers + j]), w[i], total[r][i]);
+  }
+  for (int r = 0; r < Rows; r++)
+    for (int i = 0; i < kVectors; i++) store_f32(out + r * kBlock + i * kLanes, total[r][i]);
+}
+
+constexpr int kOutlierRows = 4;  // tokens that share a read of the outliers' weight
+
+// The same for up to kOutlierRows tokens.
+template <int Dtype>
+void multiply_outliers(const QpassCall& c, const float* apart, int64_t rows, int64_t n, int64_t lanes, float* out) {
+  if (rows >= kOutlierRows) return multiply_outliers<Dtype, kOutlierRows>(c, apart, n, lanes, out);
+  for (int64_t r = 0; r < rows; r++)
+    multiply_outliers<Dtype, 1>(c, apart + r * c.outliers, n, lanes, out + r * kBlock);
 }
 
 // Rows [row, row + rows) of outputs [64 * block, ...): `total` and, when glu, `total_up` are [rows * terms][64].
@@ -54,20 +85,30 @@ void store_block(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_
                  const float* total_up) {
   const int terms = F::a16 ? terms_of(Dtype) : 1;
   const int64_t outputs = c.glu ? c.n / 2 : c.n;
+  const bool few = !F::a16 && c.outliers;
+  alignas(64) float outliers[2][kOutlierRows * kBlock];
   for (int64_t m = row; m < row + rows; m++, total += terms * kBlock, total_up += terms * kBlock) {
     const float token_scale = F::rule == QPASS_A8_TOKEN ? p.scale(0)[m] : c.x_scale;
+    const int64_t turn = (m - row) % kOutlierRows;
+    if (few && turn == 0)
+      for (int half = 0; half <= c.glu; half++)
+        multiply_outliers<Dtype>(c, p.apart + m * c.outliers, row + rows - m, half * outputs + block * kBlock,
+                                 outputs - block * kBlock, outliers[half]);
     for (int i = 0; i < kVectors; i++) {
       const int64_t n = block * kBlock + i * kLanes;
       if (n >= outputs) break;
       const int lanes = outputs - n >= kLanes ? kLanes : int(outputs - n);
-      F32 v = finish<F>(total + i * kLanes, terms, token_scale, c.bias ? c.bias + n : nullptr, lanes);
-      v = activate(v, c.activation);
-      if (c.glu)
-        v = mul(v,
-                finish<F>(total_up + i * kLanes, terms, token_scale, c.bias ? c.bias + outputs + n : nullptr, lanes));
+      auto own = [&](const float* totals, int half) {
+        return finish<F>(totals + i * kLanes, terms, token_scale,
+                         few ? outliers[half] + turn * kBlock + i * kLanes : nullptr,
+                         c.bias ? c.bias + half * outputs + n : nullptr, lanes);
+      };
+      F32 v = activate(own(total, 0), c.activation);
+      if (c.glu) v = mul(v, own(total_up, 1));
       if (c.mul) v = mul(v, load_float<Dtype>(c.mul, m * c.mul_stride + n, lanes));
       if (c.residual) v = add(v, load_float<Dtype>(c.residual, m * c.residual_stride + n, lanes));
-      store_float<Dtype>(c.y, m * c.y_stride + n, v, lanes);
+      if (c.y_scale != 0) store_float<QPASS_I8>(c.y, m * c.y_stride + n, mul(v, set(1.0f / c.y_scale)), lanes);
+      else store_float<Dtype>(c.y, m * c.y_stride + n, v, lanes);
     }
   }
 }

@@ -3,6 +3,7 @@
 //   elements [segment][row][segment length]   int8, or bf16 in the order in which the codes' operands pair inputs
 //   sums     [group][row]                     a8: minus the sum of the int8 values, int32; a16: the sum of the bf16
 //   values, fp32 scales   [group][row] or [row]            a8 only, fp32
+//   apart, fp32   [row][outliers]   a8 only: the inputs that int8 doesn't get
 // a16 splits fp16 into two bf16 terms and fp32 into three, exactly: each term is a row of its own, and the epilogue
 // adds them.
 #pragma once
@@ -21,6 +22,8 @@ struct Prepared {
   uint8_t* elements;
   uint8_t* sums;
   float* scales;
+  float* apart;
+  int64_t outliers;
 
   explicit Prepared(const QpassCall& c) {
     rows = c.m * (F::a16 ? terms_of(c.dtype) : 1);
@@ -31,8 +34,10 @@ struct Prepared {
     elements = c.prepared;
     sums = elements + segments * stride * F::segment * F::element;
     scales = (float*)(sums + sum_groups * stride * 4);
+    apart = scales + scale_groups * stride;
+    outliers = F::a16 ? 0 : c.outliers;
   }
-  int64_t bytes() const { return (uint8_t*)(scales + scale_groups * stride) - elements; }
+  int64_t bytes() const { return (uint8_t*)(apart + rows * outliers) - elements; }
   uint8_t* element(int64_t segment, int64_t row) const {
     return elements + (segment * stride + row) * F::segment * F::element;
   }
@@ -46,17 +51,19 @@ struct Prepared {
 };
 
 // The inputs of one token, 16 at a time, zeros behind the end; normalized in fp32 where the call says so. `Rounds`:
-// normalized inputs are rounded to the model's dtype, as they are multiplied (a16); int8 ones are rounded once, to int8.
+// normalized inputs are rounded to the model's dtype, as they are multiplied (a16); int8 ones are rounded once, to int8,
+// and outliers are zeros there.
 template <int Dtype, bool Normalizes, bool Rounds>
 struct Inputs {
   const void* x;
   int64_t k;
   const float* weight = nullptr;
   const float* bias = nullptr;
+  const int32_t* inliers;
   F32 mean = set(0.0f), inverse = set(1.0f);
 
   explicit Inputs(const QpassCall& c, int64_t row)
-      : x((const char*)c.x + row * c.x_stride * (Dtype == QPASS_F32 ? 4 : 2)), k(c.k) {
+      : x((const char*)c.x + row * c.x_stride * size_of(Dtype)), k(c.k), inliers(c.kept) {
     if constexpr (Normalizes) {
       weight = c.norm_weight, bias = c.norm_bias;
       const float count = float(k);
@@ -85,6 +92,11 @@ struct Inputs {
     return select(less(load(lane), set(int32_t(k > i ? k - i : 0))), v, set(0.0f));
   }
   QPASS_INLINE F32 operator()(int64_t i) const {
+    const F32 v = all(i);
+    return inliers && i < k ? from_bits(and_(bits(v), load(inliers + i))) : v;
+  }
+  // With the outliers.
+  QPASS_INLINE F32 all(int64_t i) const {
     if constexpr (!Normalizes) return raw(i);
     if (i >= k) return set(0.0f);
     const int n = k - i < kLanes ? int(k - i) : kLanes;
@@ -118,18 +130,29 @@ QPASS_INLINE int32_t quantize(const X& x, int64_t begin, int64_t length, float i
   I32 total = set(0);
   const F32 inv = set(inverse);
   for (int64_t i = 0; i < length; i += kLanes) {
-    const I32 q = to_int(max(min(mul(x(begin + i), inv), set(127.0f)), set(-127.0f)));  // a static scale may be far off
+    const I32 q = to_code(mul(x(begin + i), inv));
     total = add(total, q);
     store_i8(out + i, q);
   }
   return sum(total);
 }
 
+// The inputs that int8 doesn't get, as they are.
+template <class X>
+QPASS_INLINE void set_apart(const QpassCall& c, const X& x, float* out) {
+  for (int64_t j = 0; j < c.outliers; j++) {
+    alignas(64) float lanes[kLanes];
+    const int64_t i = c.outlier_index[j];
+    store_f32(lanes, x.all(i / kLanes * kLanes));
+    out[j] = lanes[i % kLanes];
+  }
+}
+
 template <class F, class X>
 void prepare_a8(const QpassCall& c, const Prepared<F>& p, int64_t row, const X& x) {
   constexpr bool per_group = F::rule == QPASS_A8_TOKEN_GROUP;
   const int64_t padded = F::padded_k(c.k);
-  float inverse = 1.0f / c.x_scale;
+  float inverse = c.x_int8 ? 1.0f : 1.0f / c.x_scale;
   auto choose_scale = [&](float amax, float* scale) {
     const bool zero = amax < 1e-35f;  // below it 127 / amax overflows
     inverse = zero ? 0.0f : 127.0f / amax;
@@ -146,6 +169,7 @@ void prepare_a8(const QpassCall& c, const Prepared<F>& p, int64_t row, const X& 
     total += part;
   }
   if (!F::grouped) p.sum_i32(0)[row] = -total;
+  set_apart(c, x, p.apart + row * p.outliers);
 }
 
 // The bf16 inputs of a chunk in the order in which the codes' operands pair them.
@@ -221,6 +245,8 @@ void prepare(const QpassCall* call, int64_t row_begin, int64_t row_end) {
     if (call->norm == QPASS_NO_NORM) prepare_rows<F, Dtype, false>(*call, row_begin, row_end);
     else prepare_rows<F, Dtype, true>(*call, row_begin, row_end);
   };
+  if constexpr (F::rule == QPASS_A8_STATIC)
+    if (call->x_int8) return prepare_rows<F, QPASS_I8, false>(*call, row_begin, row_end);
   if (call->dtype == QPASS_F32) as(std::integral_constant<int, QPASS_F32>{});
   else if (call->dtype == QPASS_BF16) as(std::integral_constant<int, QPASS_BF16>{});
   else as(std::integral_constant<int, QPASS_F16>{});

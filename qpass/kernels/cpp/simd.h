@@ -18,11 +18,17 @@ namespace qpass {
 
 constexpr int kLanes = 16;
 
-// The model's dtypes as fp32. Of `n` < 16 lanes the others are zero, or are left alone by a store.
+// A symmetric int8 code: to nearest, ties to even; what lies beyond is clamped, a static scale may be far off.
+QPASS_INLINE I32 to_code(F32 v) { return to_int(max(min(v, set(127.0f)), set(-127.0f))); }
+
+constexpr int size_of(int dtype) { return dtype == QPASS_F32 ? 4 : dtype == QPASS_I8 ? 1 : 2; }
+
+// The model's dtypes as fp32, and int8 codes. Of `n` < 16 lanes the others are zero, or are left alone by a store.
 template <int Dtype>
 QPASS_INLINE F32 load_float(const void* base, int64_t i) {
   if constexpr (Dtype == QPASS_F32) return load_f32((const float*)base + i);
   else if constexpr (Dtype == QPASS_BF16) return load_bf16((const uint16_t*)base + i);
+  else if constexpr (Dtype == QPASS_I8) return to_float(load_i8((const int8_t*)base + i));
   else return load_f16((const uint16_t*)base + i);
 }
 
@@ -30,7 +36,7 @@ template <int Dtype>
 QPASS_INLINE F32 load_float(const void* base, int64_t i, int n) {
   if (n >= kLanes) return load_float<Dtype>(base, i);
   alignas(64) char lanes[64] = {};
-  constexpr int size = Dtype == QPASS_F32 ? 4 : 2;
+  constexpr int size = size_of(Dtype);
   memcpy(lanes, (const char*)base + i * size, size_t(n) * size);
   return load_float<Dtype>(lanes, 0);
 }
@@ -39,6 +45,7 @@ template <int Dtype>
 QPASS_INLINE void store_float(void* base, int64_t i, F32 v) {
   if constexpr (Dtype == QPASS_F32) store_f32((float*)base + i, v);
   else if constexpr (Dtype == QPASS_BF16) store_bf16((uint16_t*)base + i, v);
+  else if constexpr (Dtype == QPASS_I8) store_i8((int8_t*)base + i, to_code(v));
   else store_f16((uint16_t*)base + i, v);
 }
 
@@ -46,7 +53,7 @@ template <int Dtype>
 QPASS_INLINE void store_float(void* base, int64_t i, F32 v, int n) {
   if (n >= kLanes) return store_float<Dtype>(base, i, v);
   alignas(64) char lanes[64];
-  constexpr int size = Dtype == QPASS_F32 ? 4 : 2;
+  constexpr int size = size_of(Dtype);
   store_float<Dtype>(lanes, 0, v);
   memcpy((char*)base + i * size, lanes, size_t(n) * size);
 }

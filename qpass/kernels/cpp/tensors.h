@@ -18,7 +18,7 @@ std::string shape_of(const Tensor& t) {
   return s + "]";
 }
 
-// As QpassDtype; -1 for one that no kernel knows.
+// As QpassDtype; -1 for one that no model has.
 int32_t dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
@@ -32,15 +32,17 @@ int32_t dtype_of(const Tensor& t) {
   }
 }
 
-// A new dense CPU tensor of `like`'s dtype. Not through the dispatcher, which would cost a microsecond.
-Tensor empty_like(const Tensor& like, const std::vector<int64_t>& sizes) {
+// A new dense CPU tensor of a QpassDtype. Not through the dispatcher, which would cost a microsecond.
+Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d] > 1 ? sizes[d] : 1) strides[d] = stride;
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  const int32_t torch_dtype = dtype == QPASS_F32    ? aoti_torch_dtype_float32()
+                              : dtype == QPASS_BF16 ? aoti_torch_dtype_bfloat16()
+                              : dtype == QPASS_F16  ? aoti_torch_dtype_float16()
+                                                    : aoti_torch_dtype_int8();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), torch_dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
