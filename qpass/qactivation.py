@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+
+ROTATION = 64
+"""Channels that are rotated together."""
 
 
 def quantize_activation(x: Tensor, group: int | None) -> tuple[Tensor, Tensor]:
@@ -27,3 +32,24 @@ def quantize_by_scale(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     scales = x.new_full((x.shape[0], 1), scale, dtype=torch.float32)
     values = (x.float() * (torch.ones_like(scales) / scales)).round().clamp_(-127, 127)
     return values, scales
+
+
+def rotated(x: Tensor) -> Tensor:
+    """``x [..., K]``, 64 channels at a time times the orthonormal Hadamard matrix (QuaRot, arXiv 2404.00456); fp32.
+
+    What is large in one channel becomes a little in 64. A product stays what it is where weights are rotated alike. Its own inverse.
+    """
+    return (x.float().unflatten(-1, (-1, ROTATION)) @ _hadamard().to(x.device)).flatten(-2)
+
+
+def can_be_rotated(k: int) -> bool:
+    """Whether the kernels rotate K inputs: whole blocks, and a row that fits their stack."""
+    return k % ROTATION == 0 and k <= 1 << 15
+
+
+@functools.cache
+def _hadamard() -> Tensor:
+    matrix = torch.ones(1, 1)
+    while len(matrix) < ROTATION:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix / ROTATION**0.5

@@ -1,7 +1,8 @@
 """SmoothQuant (arXiv 2211.10438): move the outliers of a linear's input into its weight, channel by channel.
 
 ``x W^T = (x / s) (W * s)^T`` for any positive ``s [K]``; with ``s = amax(|x|)^alpha / amax(|W|)^(1 - alpha)`` (equation 4)
-the larger alpha is, the flatter the input gets and the rougher the weight.
+the larger alpha is, the flatter the input gets and the rougher the weight. What is large in other channels for each token, as a gate's
+product is, no ``s`` flattens; a rotation does: ``x W^T = (x H) (W H)^T`` for an orthonormal ``H`` (QuaRot, 2404.00456).
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ from torch import Tensor
 
 from qpass.algorithms.observe import Observer
 from qpass.algorithms.rtn import rtn
-from qpass.qactivation import quantize_activation, quantize_by_scale
+from qpass.qactivation import can_be_rotated, quantize_activation, quantize_by_scale, rotated
 from qpass.scheme import Scheme
 
 GRID = (None, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """The alphas that "auto" tries; None: no smoothing."""
+
+ROTATION_PAYS = 0.0005
+"""Above this error of a layer's output "auto" tries a rotated input as well, whose prologue takes longer ..."""
+
+ROTATION_SAVES = 0.5
+"""... and takes it where no more than this share of the error is left."""
 
 CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
 """Shares of the largest magnitude at which a static scale may cut off."""
@@ -47,6 +54,7 @@ class Smoothed:
     divisor: Tensor | None
     scale: float | None
     error: Error
+    rotate: bool = False  # x / divisor, before it is quantized
 
 
 def divisor(absmax: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
@@ -83,7 +91,8 @@ def smooth(
 
     ``alpha`` is a number, None for no smoothing, or "auto": the one of :data:`GRID` with the least error of the
     layers' output on the rows that the observer kept. Static scales are searched over :data:`CLIPS` either way.
-    ``given`` is a divisor that the weights already expect; alpha must be None then.
+    ``given`` is a divisor that the weights already expect; alpha must be None then. "auto" also rotates int8 activations where
+    that pays.
     """
     rows, counts = observer.weighted_rows()
     absmax = observer.absmax
@@ -94,28 +103,43 @@ def smooth(
     energy = torch.stack([y.square().sum(dim=1) for y in outputs]).sum(dim=0).clamp_(min=1e-12)
     static = any(scheme.activation == "a8-static" for scheme in schemes)
     best: Smoothed | None = None
-    for candidate, s in _divisors(observer, weights, alpha):
-        flat = rows if s is None else rows / s
-        codes = [
-            w if scheme.weight is None else rtn(w if s is None else w * s, scheme.weight).dequantize()
-            for w, scheme in zip(parts, schemes, strict=True)
-        ]
-        peak = max(float((absmax if s is None else absmax / s).max()), 1e-30)
-        scales: list[float | None] = [peak * clip / 127 for clip in CLIPS] if static else [None]
-        if static and s is None and given is None:
-            scales.append(max(observer.clip(), 1e-30) / 127)
-        for scale in scales:
-            errors = torch.zeros(len(rows))
-            for w, y, scheme in zip(codes, outputs, schemes, strict=True):
-                errors += (fake_quantize(flat, scheme, scale) @ w.t() - y).square().sum(dim=1)
-            relative = errors / energy
-            error = Error(
-                float((relative * counts).sum() / counts.sum()), float(relative[-observer.extremes.shape[0] :].mean())
-            )
-            if best is None or error.of(static) < best.error.of(static):
-                best = Smoothed(candidate, s, scale, error)
+    rotatable = alpha == "auto" and can_be_rotated(observer.k) and all(sc.activation != "a16" for sc in schemes)
+    for rotate in (False, True):
+        if rotate and (not rotatable or best is None or best.error.of(static) <= ROTATION_PAYS):
+            break
+        plain = best
+        for candidate, s in _divisors(observer, weights, alpha):
+            flat = rows if s is None else rows / s
+            flat = rotated(flat) if rotate else flat
+            codes = [_codes(w, s, rotate, scheme) for w, scheme in zip(parts, schemes, strict=True)]
+            largest = flat.abs() if rotate else absmax if s is None else absmax / s
+            peak = max(float(largest.max()), 1e-30)
+            scales: list[float | None] = [peak * clip / 127 for clip in CLIPS] if static else [None]
+            if static and s is None and given is None and not rotate:
+                scales.append(max(observer.clip(), 1e-30) / 127)
+            for scale in scales:
+                errors = torch.zeros(len(rows))
+                for w, y, scheme in zip(codes, outputs, schemes, strict=True):
+                    errors += (fake_quantize(flat, scheme, scale) @ w.t() - y).square().sum(dim=1)
+                relative = errors / energy
+                error = Error(
+                    float((relative * counts).sum() / counts.sum()),
+                    float(relative[-observer.extremes.shape[0] :].mean()),
+                )
+                if best is None or error.of(static) < best.error.of(static):
+                    best = Smoothed(candidate, s, scale, error, rotate)
+        if plain is not None and best is not None and best.error.of(static) > ROTATION_SAVES * plain.error.of(static):
+            best = plain
     assert best is not None
     return best if given is None else replace(best, divisor=given)
+
+
+def _codes(weight: Tensor, s: Tensor | None, rotate: bool, scheme: Scheme) -> Tensor:
+    """What the codes of ``weight * s``, rotated or not, stand for; fp32."""
+    if scheme.weight is None:
+        return weight
+    scaled = weight if s is None else weight * s
+    return rtn(rotated(scaled) if rotate else scaled, scheme.weight).dequantize()
 
 
 def _divisors(

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from qpass.algorithms.outliers import outlier_columns
 from qpass.algorithms.rtn import rtn
-from qpass.algorithms.smoothing import fake_quantize
+from qpass.algorithms.smoothing import Smoothed, fake_quantize
 from qpass.errors import OptionError
 from qpass.frontends.instrument import Reader, Shared, instrument, plain_linear
 from qpass.passes.calibrated import Calibrated
+from qpass.qactivation import rotated
 from qpass.scheme import Scheme
 
 
@@ -44,10 +45,15 @@ class Simulation:
         if scheme is None or scheme.weight is None:
             return plain_linear(reader, x, weight, bias)
         rows = x.reshape(-1, x.shape[-1]).float()
-        scheme, divisor, scale, outliers = self._decided(reader, scheme)
+        scheme, smoothed, outliers = self._decided(reader, scheme)
+        divisor, scale, rotate = (
+            (smoothed.divisor, smoothed.scale, smoothed.rotate) if smoothed else (None, None, False)
+        )
         if divisor is not None:
             rows = rows / divisor
-        matrix = self._matrix(reader, weight, scheme, divisor)
+        if rotate:
+            rows = rotated(rows)
+        matrix = self._matrix(reader, weight, scheme, divisor, rotate)
         if outliers is not None:
             exact = rows[:, outliers] @ weight[:, outliers].float().t()
             rows = rows.index_fill(1, outliers, 0.0)
@@ -58,15 +64,15 @@ class Simulation:
             y = y + bias.float()
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
-    def _decided(self, reader: Reader, scheme: Scheme) -> tuple[Scheme, Tensor | None, float | None, Tensor | None]:
+    def _decided(self, reader: Reader, scheme: Scheme) -> tuple[Scheme, Smoothed | None, Tensor | None]:
         if self.calibrated is None:
             if scheme.needs_statistics:
                 raise OptionError(f"{reader.name}: scheme {scheme} needs statistics: pass stats=")
-            return scheme, None, None, None
+            return scheme, None, None
         if scheme.outliers:
-            return scheme, None, None, outlier_columns(self.calibrated.seen(reader.name, scheme).absmax)
+            return scheme, None, outlier_columns(self.calibrated.seen(reader.name, scheme).absmax)
         if scheme.activation == "a16":
-            return scheme, None, None, None
+            return scheme, None, None
         readers = [
             r
             for r in self._shared[reader.name].readers
@@ -79,16 +85,16 @@ class Simulation:
             smoothable=not any(r.tied for r in readers),
         )
         if decision is None:
-            return scheme, None, None, None
+            return scheme, None, None
         index = [r.name for r in readers].index(reader.name)
-        return decision.schemes[index], decision.smoothed.divisor, decision.smoothed.scale, None
+        return decision.schemes[index], decision.smoothed, None
 
-    def _matrix(self, reader: Reader, weight: Tensor, scheme: Scheme, divisor: Tensor | None) -> Tensor:
+    def _matrix(self, reader: Reader, weight: Tensor, scheme: Scheme, divisor: Tensor | None, rotate: bool) -> Tensor:
         assert scheme.weight is not None
-        key = (reader.name, scheme.weight, id(divisor))
+        key = (reader.name, scheme.weight, id(divisor), rotate)
         if self._kept is None or self._kept[0] != key:
-            matrix = rtn(weight if divisor is None else weight.float() * divisor, scheme.weight).dequantize()
-            self._kept = (key, matrix)
+            scaled = weight if divisor is None else weight.float() * divisor
+            self._kept = (key, rtn(rotated(scaled) if rotate else scaled, scheme.weight).dequantize())
         return self._kept[1]
 
 

@@ -22,7 +22,17 @@ from qpass.ops.packed_linear import DTYPES
 from qpass.ops.quantized_linear import bound_arguments
 from qpass.qweight import QWeight
 
-_ALIKE = ("norm_weight", "norm_bias", "norm_eps", "x_scale", "outliers", "outlier_weight", "y_scale")
+_ALIKE = (
+    "norm_weight",
+    "norm_bias",
+    "norm_eps",
+    "x_scale",
+    "outliers",
+    "outlier_weight",
+    "y_scale",
+    "rotate",
+    "y_rotate",
+)
 """Arguments that packed_linear takes as quantized_linear has them."""
 
 

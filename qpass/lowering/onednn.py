@@ -10,7 +10,7 @@ from qpass.lowering.epilogue import emit_epilogue
 from qpass.lowering.prologue import emit_prologue
 from qpass.lowering.site import Site
 from qpass.ops.quantized_linear import bound_arguments
-from qpass.qactivation import quantize_activation, quantize_by_scale
+from qpass.qactivation import quantize_activation, quantize_by_scale, rotated
 from qpass.qweight import QWeight
 
 
@@ -38,7 +38,7 @@ class OneDNN:
         x = args["x"] if args["dtype"] is not None else emit_prologue(graph, node)
         outliers = (args["outliers"], args["outlier_weight"])
         with graph.inserting_before(node):
-            y = graph.call_function(int8_linear, (x, *packed, args["x_scale"], *outliers))
+            y = graph.call_function(int8_linear, (x, *packed, args["x_scale"], *outliers, args["rotate"]))
         return emit_epilogue(graph, node, y)
 
 
@@ -49,16 +49,19 @@ def int8_linear(
     x_scale: float | None = None,
     outliers: Tensor | None = None,
     outlier_weight: Tensor | None = None,
+    rotate: bool = False,
 ) -> Tensor:
     """``x [..., K]``, quantized per token or by ``x_scale``, or int8 codes of that, times ``weight`` int8 [N, K]; fp32 [..., N].
 
-    ``outliers`` int64 [C] are left out, and multiplied by ``outlier_weight`` [C, N] as they are.
+    ``outliers`` int64 [C] are left out, and multiplied by ``outlier_weight`` [C, N] as they are. ``rotate``: before quantization.
     """
     rows = x.reshape(-1, x.shape[-1])
     apart: Tensor | None = None
     if outliers is not None and outlier_weight is not None:
         apart = rows.index_select(1, outliers).float() @ outlier_weight.float()
         rows = rows.index_fill(1, outliers, 0.0)
+    if rotate and rows.dtype != torch.int8:
+        rows = rotated(rows)
     if x_scale is None:
         values, act_scales = quantize_activation(rows, None)
     elif rows.dtype == torch.int8:

@@ -6,6 +6,7 @@ from torch import Tensor, fx
 
 from qpass.ops.prologue import apply_norm_of
 from qpass.ops.quantized_linear import bound_arguments
+from qpass.qactivation import rotated
 
 
 def emit_prologue(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -14,7 +15,7 @@ def emit_prologue(graph: fx.Graph, node: fx.Node) -> fx.Node:
     x: fx.Node = args["x"]
     if args["dtype"] is not None:  # int8 codes
         with graph.inserting_before(node):
-            return graph.call_function(dequantize, (x, args["x_scale"]))
+            return graph.call_function(dequantize, (x, args["x_scale"], args["rotate"]))
     if args["norm"] == "none":
         return x
     operands = (x, args["rule"], args["norm"], args["norm_weight"], args["norm_bias"], args["norm_eps"])
@@ -22,6 +23,6 @@ def emit_prologue(graph: fx.Graph, node: fx.Node) -> fx.Node:
         return graph.call_function(apply_norm_of, operands)
 
 
-def dequantize(x: Tensor, scale: float) -> Tensor:
-    """int8 codes as fp32."""
-    return x.float() * scale
+def dequantize(x: Tensor, scale: float, rotate: bool) -> Tensor:
+    """int8 codes as fp32, turned back where they were rotated."""
+    return rotated(x.float() * scale) if rotate else x.float() * scale

@@ -15,6 +15,7 @@ from torch import Tensor
 from qpass.errors import ReleasedWeightError
 from qpass.lowering import shelf
 from qpass.lowering.given import Given, given_of, hash_of
+from qpass.qactivation import rotated
 from qpass.qweight import QWeight
 from qpass.scheme import Format
 
@@ -24,23 +25,29 @@ ROWS = 4096
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """What smoothing makes of a weight before it is quantized: ``w * columns * rows[:, None]``; fp32 [K] and [N], or None."""
+    """What smoothing makes of a weight before it is quantized: ``w * columns * rows[:, None]``; fp32 [K] and [N], or None.
+
+    ``rotate``: and its columns rotated, for inputs that are.
+    """
 
     columns: Tensor | None = None
     rows: Tensor | None = None
+    rotate: bool = False
 
     @cached_property
     def key(self) -> str:
         """Equal for equal numbers."""
         parts = (b"" if t is None else t.contiguous().numpy().tobytes() for t in (self.columns, self.rows))
-        return "|".join(hashlib.sha256(part).hexdigest() for part in parts)
+        return "|".join([*(hashlib.sha256(part).hexdigest() for part in parts), str(self.rotate)])
 
     def apply(self, weight: Tensor, start: int) -> Tensor:
         """The rows of ``weight`` from ``start`` on, scaled, fp32."""
         weight = weight.float()
         if self.columns is not None:
             weight = weight * self.columns
-        return weight if self.rows is None else weight * self.rows[start : start + weight.shape[0], None]
+        if self.rows is not None:
+            weight = weight * self.rows[start : start + weight.shape[0], None]
+        return rotated(weight) if self.rotate else weight
 
 
 @dataclass(frozen=True)

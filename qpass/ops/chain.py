@@ -6,7 +6,7 @@ objects driven out of the caches by the weights between two of them, costs as mu
     inputs 7
     attention %0 %1 %2 %3 0.125 0.0 - -
     flatten %7
-    packed_linear %8 %4 - - %5 576 576 22 0 0 0 - - 0.0 - - - - -
+    packed_linear %8 %4 - - %5 576 576 22 0 0 0 - - 0.0 - - - - - 0 0
     return %9
 
 Slots are the given tensors, then one a line. Arguments stand in the order of the op's schema, ``-`` for None.

@@ -15,7 +15,7 @@ LIBRARY.define(
     "packed_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? mul, Tensor? residual,"
     " SymInt n, SymInt k, int format, int activation, bool glu, int norm=0, Tensor? norm_weight=None,"
     " Tensor? norm_bias=None, float norm_eps=0.0, float? x_scale=None, Tensor? outliers=None, Tensor? outlier_weight=None,"
-    " float? y_scale=None, int? dtype=None) -> Tensor"
+    " float? y_scale=None, int? dtype=None, bool rotate=False, bool y_rotate=False) -> Tensor"
 )
 
 
@@ -39,6 +39,8 @@ def _fake(
     outlier_weight: Tensor | None = None,
     y_scale: float | None = None,
     dtype: int | None = None,
+    rotate: bool = False,
+    y_rotate: bool = False,
 ) -> Tensor:
     """``x [..., K]`` -> [..., N], or [..., N/2] when ``glu``; contiguous.
 

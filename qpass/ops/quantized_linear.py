@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from qpass.ops.epilogue import apply_epilogue, check_activation, fake_output
 from qpass.ops.linear import LIBRARY
 from qpass.ops.prologue import apply_norm_of, check_x_scale
-from qpass.qactivation import quantize_activation, quantize_by_scale
+from qpass.qactivation import quantize_activation, quantize_by_scale, rotated
 from qpass.qweight import QWeight
 from qpass.scheme import Format
 
@@ -18,7 +18,7 @@ LIBRARY.define(
     "quantized_linear(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor? bias, int bits, int group, str rule,"
     " str activation='none', bool glu=False, Tensor? mul=None, Tensor? residual=None, str norm='none',"
     " Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.0, float? x_scale=None, Tensor? outliers=None,"
-    " Tensor? outlier_weight=None, float? y_scale=None, ScalarType? dtype=None) -> Tensor"
+    " Tensor? outlier_weight=None, float? y_scale=None, ScalarType? dtype=None, bool rotate=False, bool y_rotate=False) -> Tensor"
 )
 
 
@@ -44,6 +44,8 @@ def _quantized_linear(
     outlier_weight: Tensor | None = None,
     y_scale: float | None = None,
     dtype: torch.dtype | None = None,
+    rotate: bool = False,
+    y_rotate: bool = False,
 ) -> Tensor:
     """``x [..., K]``, a QWeight [N, K] by its tensors (``group`` 0: per channel), ``bias`` [N]; out [..., N] in x's dtype.
 
@@ -53,7 +55,8 @@ def _quantized_linear(
 
     ``outliers`` int64 [C], of a8 rules: inputs that are zero in what is quantized, and multiplied by ``outlier_weight``
     [C, N] as they are. With ``y_scale`` out is the int8 codes that a8-static makes of it; such an x is multiplied by ``x_scale`` as it is,
-    and ``dtype`` names what out and the epilogue's operands have instead of its own.
+    and ``dtype`` names what out and the epilogue's operands have instead of its own. ``rotate``: x is rotated (:func:`~qpass.qactivation.rotated`)
+    before it is quantized, an int8 one was already; ``y_rotate``: so is out, before it becomes codes.
     """
     check_activation(activation)
     check_x_scale(rule, x_scale)
@@ -65,6 +68,8 @@ def _quantized_linear(
     apart = None if outliers is None else rows[:, outliers] @ outlier_weight.float()  # type: ignore[union-attr]
     if outliers is not None:
         rows = rows.index_fill(1, outliers, 0.0)
+    if rotate and x.dtype != torch.int8:
+        rows = rotated(rows)
     if x_scale is not None:
         rows = (rows if x.dtype == torch.int8 else quantize_by_scale(rows, x_scale)[0]) * x_scale
     elif rule != "a16":
@@ -77,7 +82,8 @@ def _quantized_linear(
     if bias is not None:
         y = y + bias.float()
     y = y.view(*x.shape[:-1], codes.shape[0])
-    return round_output(apply_epilogue(y, activation, glu, mul, residual), dtype, y_scale)
+    y = apply_epilogue(y, activation, glu, mul, residual)
+    return round_output(rotated(y) if y_rotate else y, dtype, y_scale)
 
 
 def round_output(y: Tensor, dtype: torch.dtype, y_scale: float | None) -> Tensor:

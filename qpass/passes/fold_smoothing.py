@@ -28,6 +28,9 @@ ROWS = "qpass_rows"
 X_SCALE = "qpass_x_scale"
 """And the static scale of its int8 input."""
 
+ROTATE = "qpass_rotate"
+"""And whether its columns, and its input, are rotated."""
+
 OUTLIERS = "qpass_outliers"
 """And which inputs are kept from int8 and multiplied in 16 bits, int64 in order."""
 
@@ -144,6 +147,9 @@ def _told(linears: list[fx.Node], decision: Decision | None, ctx: Context) -> Te
             node.meta[X_SCALE] = decision.smoothed.scale
         if ctx.given_of(node) is None and decision.smoothed.divisor is not None:
             node.meta[COLUMNS] = decision.smoothed.divisor
+        if decision.smoothed.rotate:
+            node.meta[ROTATE] = True
+            node.meta["qpass_fused"] = ("rotated", *node.meta.get("qpass_fused", ()))
     return own if decision.smoothed.divisor is None else decision.smoothed.divisor.reciprocal()
 
 

@@ -26,7 +26,8 @@ def keep_int8(graph: fx.Graph, ctx: Context) -> int:
             continue
         for reader in list(node.users):
             reader.kwargs = dict(reader.kwargs) | {"dtype": value.dtype}
-        node.kwargs = dict(node.kwargs) | {"y_scale": scale}
+        rotate = any(reader.kwargs.get("rotate") for reader in node.users)
+        node.kwargs = dict(node.kwargs) | {"y_scale": scale} | ({"y_rotate": True} if rotate else {})
         node.meta[VALUE] = value.to(torch.int8)
         node.meta["qpass_fused"] = (*node.meta.get("qpass_fused", ()), "int8")
         count += 1
@@ -34,7 +35,10 @@ def keep_int8(graph: fx.Graph, ctx: Context) -> int:
 
 
 def scale_wanted(node: fx.Node) -> float | None:
-    """The one static scale by which all readers of a quantized_linear quantize its output; None where they don't."""
+    """The one static scale by which all readers of a quantized_linear quantize its output; None where they don't.
+
+    Nor where some want it rotated and others don't.
+    """
     scales: set[Any] = set()
     for reader in node.users:
         operands = (*reader.args, *reader.kwargs.values())
@@ -42,5 +46,5 @@ def scale_wanted(node: fx.Node) -> float | None:
             return None
         if reader.kwargs.get("norm", "none") != "none" or "outliers" in reader.kwargs:
             return None
-        scales.add(reader.kwargs.get("x_scale"))
-    return scales.pop() if len(scales) == 1 else None
+        scales.add((reader.kwargs.get("x_scale"), bool(reader.kwargs.get("rotate"))))
+    return scales.pop()[0] if len(scales) == 1 else None

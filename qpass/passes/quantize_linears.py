@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from qpass.lowering.store import Scaling, WeightRef
 from qpass.passes.attributes import attach
 from qpass.passes.context import Context
-from qpass.passes.fold_smoothing import COLUMNS, OUTLIERS, ROWS, X_SCALE, scheme_of
+from qpass.passes.fold_smoothing import COLUMNS, OUTLIERS, ROTATE, ROWS, X_SCALE, scheme_of
 from qpass.passes.values import VALUE
 from qpass.qweight import zero_dtype
 from qpass.scheme import Format
@@ -47,6 +47,7 @@ def quantize_linears(graph: fx.Graph, ctx: Context) -> int:
                 rows = node.meta.get(ROWS)
                 bias = attach(graph, "qpass_bias", value if rows is None else value * rows)
             others = {"x_scale": node.meta[X_SCALE]} if scheme.activation == "a8-static" else {}
+            others |= {"rotate": True} if node.meta.get(ROTATE) else {}
             others |= _outliers(graph, node, refs, ctx)
             group = scheme.weight.group or 0
             new = graph.call_function(
@@ -68,14 +69,14 @@ def quantize_linears(graph: fx.Graph, ctx: Context) -> int:
 def _scaled_refs(node: fx.Node, ctx: Context) -> tuple[WeightRef, ...]:
     """The node's weights, each with its part of what fold_smoothing asks for."""
     refs: list[WeightRef] = []
-    columns, rows = node.meta.get(COLUMNS), node.meta.get(ROWS)
+    columns, rows, rotate = node.meta.get(COLUMNS), node.meta.get(ROWS), bool(node.meta.get(ROTATE))
     start = 0
     for weight in node.args[1]:  # type: ignore[union-attr]
         ref = ctx.weight_ref(weight)
         assert ref is not None
         end = start + ref.shape[0]
-        if columns is not None or rows is not None:
-            ref = replace(ref, scaling=Scaling(columns, None if rows is None else rows[start:end]))
+        if columns is not None or rows is not None or rotate:
+            ref = replace(ref, scaling=Scaling(columns, None if rows is None else rows[start:end], rotate))
         refs.append(ref)
         start = end
     return tuple(refs)

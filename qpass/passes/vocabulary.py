@@ -36,7 +36,7 @@ ALLOWED: dict[str, frozenset[str]] = {
 """By pass: the ops of ``torch.ops.qpass`` that may stand behind it. A pass that is not named here is not checked."""
 
 _NORM_ARGUMENTS = frozenset({"norm", "norm_weight", "norm_bias", "norm_eps"})
-_INPUT = frozenset({"x_scale", "outliers", "outlier_weight"})
+_INPUT = frozenset({"x_scale", "outliers", "outlier_weight", "rotate"})
 _FUSED_SO_FAR: dict[str, frozenset[str]] = {
     "quantize_linears": _INPUT,
     "fuse_norms": _INPUT | _NORM_ARGUMENTS,

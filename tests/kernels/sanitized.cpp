@@ -89,7 +89,8 @@ int64_t exercise(const QpassKernel& kernel, const Case& t) {
     call.outliers = outliers, call.outlier_index = (const int64_t*)index.data;
     call.outlier_weight = columns.data, call.kept = (const int32_t*)kept.data;
   }
-  if (t.m % 3 == 2) call.y_scale = 0.02f;
+  if (t.m % 3 == 2) call.y_scale = 0.02f, call.y_rotate = outputs % 64 == 0;
+  call.rotate = kernel.rule != QPASS_A16 && !outliers && t.k % 64 == 0;
   if (t.everything) {
     call.activation = QPASS_SILU, call.norm = t.glu ? QPASS_RMS_NORM : QPASS_LAYER_NORM, call.norm_eps = 1e-5f;
     call.bias = (const float*)bias.data;
@@ -131,7 +132,7 @@ int main() {
   const QpassKernel& kernel = *qpass_kernel();
   int64_t calls = 0;
   for (const int64_t m : {1, 2, 5, 8, 17, 33})
-    for (const int64_t n : {2, 66, 130})
+    for (const int64_t n : {2, 66, 128})
       for (const int64_t k : {1, 31, 64, 130, 257})
         for (const int dtype : {QPASS_F32, QPASS_BF16, QPASS_F16})
           for (int bits = 0; bits < 4; bits++)

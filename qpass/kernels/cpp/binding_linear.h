@@ -90,13 +90,24 @@ void set_scales(QpassCall& call, const QpassKernel& kernel, std::optional<double
   if (y) call.y_scale = checked_scale("y_scale", *y);
 }
 
+// Rotation of x, and of y for the linear behind this one: whole blocks of 64.
+void set_rotation(QpassCall& call, const QpassKernel& kernel, bool x, bool y) {
+  const int64_t outputs = call.glu ? call.n / 2 : call.n;
+  CHECK(!x || kernel.rule != QPASS_A16, "format ", kernel.format, " has 16-bit activations, which are not rotated");
+  CHECK(!x || (call.k % 64 == 0 && call.k <= 32768), "rotated inputs come in 64s, at most 32768, not ", call.k);
+  CHECK(!y || call.y_scale != 0, "y is rotated where it is int8 only: y_rotate needs a y_scale");
+  CHECK(!y || outputs % 64 == 0, "rotated outputs come in 64s, not ", outputs);
+  call.rotate = x;
+  call.y_rotate = y;
+}
+
 // Inputs that are kept from int8, and the columns of the weight that they meet, a row each.
 void set_outliers(QpassCall& call, const QpassKernel& kernel, const std::optional<Tensor>& index,
                   const std::optional<Tensor>& weight) {
   CHECK(index.has_value() == weight.has_value(), "outliers and outlier_weight come together");
   if (!index) return;
   CHECK(kernel.rule != QPASS_A16, "format ", kernel.format, " has 16-bit activations, and no outliers");
-  CHECK(!call.x_int8, "an int8 x has no outliers");
+  CHECK(!call.x_int8 && !call.rotate, "an int8 x has no outliers, nor has one that is rotated");
   CHECK(index->is_cpu() && index->scalar_type() == ScalarType::Long && index->dim() == 1 && index->is_contiguous(),
         "outliers must be a contiguous one-dimensional int64 tensor");
   CHECK(weight->is_cpu() && dtype_of(*weight) == call.dtype && weight->dim() == 2 && weight->is_contiguous(),
@@ -115,7 +126,8 @@ Tensor packed_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::o
                      std::optional<Tensor> residual, int64_t n, int64_t k, int64_t format, int64_t activation, bool glu,
                      int64_t norm, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double norm_eps,
                      std::optional<double> x_scale, std::optional<Tensor> outliers,
-                     std::optional<Tensor> outlier_weight, std::optional<double> y_scale, std::optional<int64_t> dtype) {
+                     std::optional<Tensor> outlier_weight, std::optional<double> y_scale, std::optional<int64_t> dtype,
+                     bool rotate, bool y_rotate) {
   CHECK(x.is_cpu(), "x must be on the CPU");
   const bool x_int8 = x.scalar_type() == ScalarType::Char;
   CHECK(x_int8 == dtype.has_value(), x_int8 ? "an int8 x needs a dtype" : "dtype is for an int8 x; it is x's otherwise");
@@ -146,6 +158,7 @@ Tensor packed_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::o
   call.bias = vector_of(op, "bias", bias, n, "outputs");
   set_norm(call, norm, norm_weight, norm_bias, norm_eps);
   set_scales(call, kernel, x_scale, y_scale);
+  set_rotation(call, kernel, rotate, y_rotate);
   set_outliers(call, kernel, outliers, outlier_weight);
   Tensor y = empty(shape, y_scale ? QPASS_I8 : call.dtype);
   std::optional<Tensor> x_copy, mul_copy, residual_copy;

@@ -94,6 +94,7 @@ void store_block(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_
       for (int half = 0; half <= c.glu; half++)
         multiply_outliers<Dtype>(c, p.apart + m * c.outliers, row + rows - m, half * outputs + block * kBlock,
                                  outputs - block * kBlock, outliers[half]);
+    F32 rotated[kVectors];
     for (int i = 0; i < kVectors; i++) {
       const int64_t n = block * kBlock + i * kLanes;
       if (n >= outputs) break;
@@ -107,8 +108,15 @@ void store_block(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_
       if (c.glu) v = mul(v, own(total_up, 1));
       if (c.mul) v = mul(v, load_float<Dtype>(c.mul, m * c.mul_stride + n, lanes));
       if (c.residual) v = add(v, load_float<Dtype>(c.residual, m * c.residual_stride + n, lanes));
-      if (c.y_scale != 0) store_float<QPASS_I8>(c.y, m * c.y_stride + n, mul(v, set(1.0f / c.y_scale)), lanes);
+      if (c.y_rotate) rotated[i] = v;
+      else if (c.y_scale != 0) store_float<QPASS_I8>(c.y, m * c.y_stride + n, mul(v, set(1.0f / c.y_scale)), lanes);
       else store_float<Dtype>(c.y, m * c.y_stride + n, v, lanes);
+    }
+    if (c.y_rotate) {  // whole blocks only, and to codes only
+      rotate(rotated);
+      for (int i = 0; i < kVectors; i++)
+        store_float<QPASS_I8>(c.y, m * c.y_stride + block * kBlock + i * kLanes,
+                              mul(rotated[i], set(1.0f / c.y_scale)));
     }
   }
 }

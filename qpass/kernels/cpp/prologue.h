@@ -9,6 +9,7 @@
 #pragma once
 #include <type_traits>
 #include "isa.h"
+#include "rotate.h"
 
 namespace qpass {
 
@@ -148,6 +149,24 @@ QPASS_INLINE void set_apart(const QpassCall& c, const X& x, float* out) {
   }
 }
 
+// A row that lies there, in place of Inputs.
+struct Row {
+  const float* values;
+  int64_t k;
+  QPASS_INLINE F32 operator()(int64_t i) const { return i < k ? load_f32(values + i) : set(0.0f); }
+  QPASS_INLINE F32 all(int64_t i) const { return (*this)(i); }
+};
+
+template <class X>
+QPASS_INLINE void rotate_row(const X& x, int64_t k, float* out) {
+  for (int64_t i = 0; i < k; i += kRotated) {
+    F32 v[kRotated / kLanes];
+    for (int j = 0; j < kRotated / kLanes; j++) v[j] = x(i + j * kLanes);
+    rotate(v);
+    for (int j = 0; j < kRotated / kLanes; j++) store_f32(out + i + j * kLanes, v[j]);
+  }
+}
+
 template <class F, class X>
 void prepare_a8(const QpassCall& c, const Prepared<F>& p, int64_t row, const X& x) {
   constexpr bool per_group = F::rule == QPASS_A8_TOKEN_GROUP;
@@ -228,12 +247,20 @@ void prepare_a16(const QpassCall& c, const Prepared<F>& p, int64_t row, const X&
   }
 }
 
+template <class F, class X>
+void prepare_rotated(const QpassCall& c, const Prepared<F>& p, int64_t row, const X& x) {
+  alignas(64) float rotated[kMostRotated];
+  rotate_row(x, c.k, rotated);
+  prepare_a8<F>(c, p, row, Row{rotated, c.k});
+}
+
 template <class F, int Dtype, bool Normalizes>
 void prepare_rows(const QpassCall& c, int64_t row_begin, int64_t row_end) {
   const Prepared<F> p(c);
   for (int64_t row = row_begin; row < row_end; row++) {
     const Inputs<Dtype, Normalizes, F::a16> x(c, row);
     if constexpr (F::a16) prepare_a16<F, Dtype>(c, p, row, x);
+    else if (c.rotate && !c.x_int8) prepare_rotated<F>(c, p, row, x);
     else prepare_a8<F>(c, p, row, x);
   }
 }

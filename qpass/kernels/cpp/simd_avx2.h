@@ -119,6 +119,15 @@ QPASS_INLINE void store_bf16(uint16_t* p, F32 v) {
   store_u16(p, select(nan, set(0x7fc0), r));
 }
 
+// Lane i gets lane i ^ Stride.
+template <int Stride>
+QPASS_INLINE F32 swapped(F32 v) {
+  if constexpr (Stride == 1) return {_mm256_permute_ps(v.a, 0xb1), _mm256_permute_ps(v.b, 0xb1)};
+  else if constexpr (Stride == 2) return {_mm256_permute_ps(v.a, 0x4e), _mm256_permute_ps(v.b, 0x4e)};
+  else if constexpr (Stride == 4) return {_mm256_permute2f128_ps(v.a, v.a, 1), _mm256_permute2f128_ps(v.b, v.b, 1)};
+  else return {v.b, v.a};
+}
+
 QPASS_INLINE __m256 lower(F32 v) { return v.a; }
 QPASS_INLINE __m256 upper(F32 v) { return v.b; }
 QPASS_INLINE __m256i lower(I32 v) { return v.a; }

@@ -68,6 +68,15 @@ QPASS_INLINE void store_bf16(uint16_t* p, F32 v) {
   store_u16(p, r);
 }
 
+// Lane i gets lane i ^ Stride.
+template <int Stride>
+QPASS_INLINE F32 swapped(F32 v) {
+  if constexpr (Stride == 1) return _mm512_permute_ps(v, 0xb1);
+  else if constexpr (Stride == 2) return _mm512_permute_ps(v, 0x4e);
+  else if constexpr (Stride == 4) return _mm512_shuffle_f32x4(v, v, 0xb1);
+  else return _mm512_shuffle_f32x4(v, v, 0x4e);
+}
+
 QPASS_INLINE __m256 lower(F32 v) { return _mm512_castps512_ps256(v); }
 QPASS_INLINE __m256 upper(F32 v) { return _mm512_extractf32x8_ps(v, 1); }
 QPASS_INLINE __m256i lower(I32 v) { return _mm512_castsi512_si256(v); }
