@@ -94,44 +94,59 @@ def smooth(
     ``given`` is a divisor that the weights already expect; alpha must be None then. "auto" also rotates int8 activations where
     that pays.
     """
-    rows, counts = observer.weighted_rows()
-    absmax = observer.absmax
-    if given is not None:
-        rows, absmax = rows / given, absmax / given
-    parts = [_spread(w, ROWS // len(weights)) for w in weights]
-    outputs = [rows @ part.t() for part in parts]
-    energy = torch.stack([y.square().sum(dim=1) for y in outputs]).sum(dim=0).clamp_(min=1e-12)
-    static = any(scheme.activation == "a8-static" for scheme in schemes)
-    best: Smoothed | None = None
+    layer = _Layer(observer, [_spread(w, ROWS // len(weights)) for w in weights], schemes, given)
     rotatable = alpha == "auto" and can_be_rotated(observer.k) and all(sc.activation != "a16" for sc in schemes)
-    for rotate in (False, True):
-        if rotate and (not rotatable or best is None or best.error.of(static) <= ROTATION_PAYS):
-            break
-        plain = best
-        for candidate, s in _divisors(observer, weights, alpha):
-            flat = rows if s is None else rows / s
-            flat = rotated(flat) if rotate else flat
-            codes = [_codes(w, s, rotate, scheme) for w, scheme in zip(parts, schemes, strict=True)]
-            largest = flat.abs() if rotate else absmax if s is None else absmax / s
-            peak = max(float(largest.max()), 1e-30)
-            scales: list[float | None] = [peak * clip / 127 for clip in CLIPS] if static else [None]
-            if static and s is None and given is None and not rotate:
-                scales.append(max(observer.clip(), 1e-30) / 127)
-            for scale in scales:
-                errors = torch.zeros(len(rows))
-                for w, y, scheme in zip(codes, outputs, schemes, strict=True):
-                    errors += (fake_quantize(flat, scheme, scale) @ w.t() - y).square().sum(dim=1)
-                relative = errors / energy
-                error = Error(
-                    float((relative * counts).sum() / counts.sum()),
-                    float(relative[-observer.extremes.shape[0] :].mean()),
-                )
-                if best is None or error.of(static) < best.error.of(static):
-                    best = Smoothed(candidate, s, scale, error, rotate)
-        if plain is not None and best is not None and best.error.of(static) > ROTATION_SAVES * plain.error.of(static):
-            best = plain
-    assert best is not None
+    best = min((layer.attempt(*each, rotate=False) for each in _divisors(observer, weights, alpha)), key=layer.cost)
+    if rotatable and layer.cost(best) > ROTATION_PAYS:
+        turned = min(
+            (layer.attempt(*each, rotate=True) for each in _divisors(observer, weights, alpha)), key=layer.cost
+        )
+        if layer.cost(turned) <= ROTATION_SAVES * layer.cost(best):
+            best = turned
     return best if given is None else replace(best, divisor=given)
+
+
+class _Layer:
+    """Some outputs of the linears that read one input, on the rows that were kept of it."""
+
+    def __init__(
+        self, observer: Observer, parts: list[Tensor], schemes: Sequence[Scheme], given: Tensor | None
+    ) -> None:
+        self.rows, self.counts = observer.weighted_rows()
+        self.absmax = observer.absmax
+        if given is not None:
+            self.rows, self.absmax = self.rows / given, self.absmax / given
+        self.parts, self.schemes = parts, schemes
+        self.extremes = observer.extremes.shape[0]
+        self.clip = observer.clip() if given is None else None  # of the input as it was seen
+        self.outputs = [self.rows @ part.t() for part in parts]
+        self.energy = torch.stack([y.square().sum(dim=1) for y in self.outputs]).sum(dim=0).clamp_(min=1e-12)
+        self.static = any(scheme.activation == "a8-static" for scheme in schemes)
+
+    def cost(self, found: Smoothed) -> float:
+        return found.error.of(self.static)
+
+    def attempt(self, alpha: float | None, s: Tensor | None, *, rotate: bool) -> Smoothed:
+        """With the divisor ``s``, and the best of a few static scales where one is wanted."""
+        flat = self.rows if s is None else self.rows / s
+        flat = rotated(flat) if rotate else flat
+        codes = [_codes(w, s, rotate, scheme) for w, scheme in zip(self.parts, self.schemes, strict=True)]
+        scales: list[float | None] = [None]
+        if self.static:
+            largest = flat.abs() if rotate else self.absmax if s is None else self.absmax / s
+            peak = max(float(largest.max()), 1e-30)
+            scales = [peak * clip / 127 for clip in CLIPS]
+            if s is None and not rotate and self.clip is not None:
+                scales.append(max(self.clip, 1e-30) / 127)
+        return min((Smoothed(alpha, s, x, self._error(flat, codes, x), rotate) for x in scales), key=self.cost)
+
+    def _error(self, flat: Tensor, codes: list[Tensor], scale: float | None) -> Error:
+        errors = torch.zeros(len(flat))
+        for w, y, scheme in zip(codes, self.outputs, self.schemes, strict=True):
+            errors += (fake_quantize(flat, scheme, scale) @ w.t() - y).square().sum(dim=1)
+        relative = errors / self.energy
+        mean = float((relative * self.counts).sum() / self.counts.sum())
+        return Error(mean, float(relative[-self.extremes :].mean()))
 
 
 def _codes(weight: Tensor, s: Tensor | None, rotate: bool, scheme: Scheme) -> Tensor:

@@ -57,7 +57,8 @@ def compile(
                      (its M tokens decide); implied by ``lowering`` and by ``release_weights``
     stats            what ``qpass.calibrate`` saw, or a file of it: int8 activations are smoothed by it, and a static
                      scheme ("w8a8-static") takes its scales from it
-    alpha            how much smoothing moves from activations into weights: "auto" (what costs each layer's output least),
+    alpha            how much smoothing moves from activations into weights: "auto" (what costs each layer's output least; an input
+                     that no alpha flattens is rotated as well),
                      a number from 0 to 1, a table {module pattern: one of these}, or None for no smoothing
     recipe           what ``qpass.search`` found, or a file of it, in the place of ``scheme``
     dynamic, fullgraph  as for ``torch.compile``

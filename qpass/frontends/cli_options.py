@@ -45,7 +45,10 @@ Stats = Annotated[
     ),
 ]
 Alpha = Annotated[
-    str, typer.Option(help="How much smoothing moves into the weights: auto, none or a number from 0 to 1.")
+    str,
+    typer.Option(
+        help="How much smoothing moves into the weights: auto (rotates inputs, too, where that pays), none or a number from 0 to 1."
+    ),
 ]
 RecipeOption = Annotated[
     Optional[Path],  # noqa: UP045
