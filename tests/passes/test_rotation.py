@@ -1,5 +1,7 @@
 """Inputs that are large in other channels for each token: "auto" rotates them, and only where that pays and can be."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch import nn
 from qpass.algorithms.observe import Observer
 from qpass.algorithms.rtn import rtn
 from qpass.algorithms.smoothing import ROTATION_SAVES, smooth
+from qpass.lowering.measured import Timing
 from qpass.lowering.reference import Reference
 from qpass.lowering.store import Scaling, WeightRef, WeightStore
 from qpass.passes import (
@@ -114,3 +117,15 @@ def test_a_rotated_weight_is_kept_apart():
     expected = rtn(rotated(weight.detach()), Format(8, None, True))
     assert torch.equal(turned[0], expected.codes)
     assert not torch.equal(plain[0], turned[0])
+
+
+@pytest.mark.parametrize("stays", [{"gate"}, {"down"}, {"gate", "down"}])
+def test_a_layer_that_stays_as_it_was_writes_and_reads_the_same_codes(stays, monkeypatch):
+    """Where int8 lost to bf16 on the clock on one side of the codes, or on both."""
+    slow, fast = Timing(1, 2.0, 1.0), Timing(1, 1.0, 2.0)
+    module = sys.modules[lower.__module__]
+    monkeypatch.setattr(module, "time_site", lambda site, *_: slow if site.names[0] in stays else fast)
+    expected = block("w8a8-static", STEPS)
+    done = block("w8a8-static", [*STEPS, lower], materialize=False)
+    assert len([record for record in done.ctx.records if record.lowering == "inductor"]) == len(stays)
+    assert sqnr_db(expected.capture.run()[0], done.outputs()[0]) > 20
