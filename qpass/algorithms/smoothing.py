@@ -21,10 +21,10 @@ from qpass.scheme import Scheme
 GRID = (None, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """The alphas that "auto" tries; None: no smoothing."""
 
-ROTATION_PAYS = 0.0005
-"""Above this error of a layer's output "auto" tries a rotated input as well, whose prologue takes longer ..."""
+ROTATION_PAYS = 3e-5
+"""Above this error of a layer's output "auto" tries a rotated input as well, whose prologue takes a little longer ..."""
 
-ROTATION_SAVES = 0.5
+ROTATION_SAVES = 0.7
 """... and takes it where no more than this share of the error is left."""
 
 CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
