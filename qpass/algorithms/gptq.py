@@ -46,6 +46,15 @@ class Factor:
     def pivots_by_column(self) -> Tensor:
         return torch.empty_like(self.pivots).index_copy_(0, self.order, self.pivots)
 
+    def divide(self, rows: Tensor) -> Tensor:
+        """``rows`` H^-1, for fp32 [N, K]."""
+        ordered = rows[:, self.order]
+        half = torch.linalg.solve_triangular(self.upper.t(), ordered, upper=False, left=False, unitriangular=True)
+        whole = torch.linalg.solve_triangular(
+            self.upper, half.div_(self.pivots), upper=True, left=False, unitriangular=True
+        )
+        return torch.empty_like(whole).index_copy_(1, self.order, whole)
+
 
 def factor(hessian: Tensor, *, act_order: bool = True, damping: float = DAMPING) -> Factor:
     """Factor ``hessian`` [K, K] (X^T X of the layer's inputs, any scale).
@@ -79,6 +88,17 @@ def factor(hessian: Tensor, *, act_order: bool = True, damping: float = DAMPING)
     root = lower.flip(0, 1)
     roots = root.diagonal().clone()
     return Factor(order, root / roots, roots.square(), damping)
+
+
+def aligned(weight: Tensor, drift: Tensor, shared: Factor, share: float = 1.0) -> Tensor:
+    """The fp32 weight [N, K] that makes of the inputs x what ``weight`` makes of the originals o, as nearly as it can.
+
+    Layers before this one are quantized, so its inputs are not the original model's. Least squares of V x - W o is
+    V = W (H + E[(o - x) x^T]) H^-1 = W + W ``drift`` H^-1 (GPTAQ, 2504.02692, section 3.2), where H's damping keeps V near W.
+    ``share`` is how much of the way it goes.
+    """
+    weight = weight.detach().float()
+    return weight + share * shared.divide(weight @ drift)
 
 
 def gptq(

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,13 +40,15 @@ class Call:
 class Blocks:
     """Blocks in the order in which they run, and for each batch what reaches the first and how each is called.
 
-    ``hidden`` moves forward with :meth:`advance`. A model without blocks is one block whose calls are the model's own:
-    it has nothing to advance to.
+    ``hidden`` moves forward with :meth:`advance`, through blocks that are quantized by then, and ``originals`` with
+    :meth:`run_original`, through the same blocks before. A model without blocks is one block whose calls are the model's
+    own: it has nothing to advance to.
     """
 
     names: list[str]
     modules: list[nn.Module]
     hidden: list[Tensor] = field(default_factory=list)  # one [B, L, D] a batch
+    originals: list[Tensor] = field(default_factory=list)  # the same, had no block been quantized
     calls: list[list[Call]] = field(default_factory=list)  # by block, by batch
     batches: list[tuple[tuple, dict]] = field(default_factory=list)  # of a model without blocks
 
@@ -55,25 +56,23 @@ class Blocks:
     def is_whole(self) -> bool:
         return bool(self.batches)
 
-    def runs(self, index: int) -> Iterator[Callable[[], Any]]:
-        """One call of block ``index`` a batch."""
-        module = self.modules[index]
+    def run(self, index: int, batch: int) -> Any:
+        """Block ``index`` on what reaches it; of a model without blocks, the model."""
         if self.is_whole:
-            for args, kwargs in self.batches:
-                yield partial(module, *args, **kwargs)
-        else:
-            for call, hidden in zip(self.calls[index], self.hidden, strict=True):
-                yield partial(call.run, module, hidden)
+            args, kwargs = self.batches[batch]
+            return self.modules[index](*args, **kwargs)
+        return self.calls[index][batch].run(self.modules[index], self.hidden[batch])
+
+    def run_original(self, index: int, batch: int) -> None:
+        """Block ``index``, not quantized yet, on what the original model gives it; ``originals`` moves forward."""
+        self.originals[batch] = self.calls[index][batch].run(self.modules[index], self.originals[batch])
 
     def advance(self, index: int, done: Callable[[], None] = lambda: None) -> None:
         """Replace what reached block ``index`` by what leaves it, as it is now."""
-        for batch, run in enumerate(self.runs(index)):
-            out = run()
-            if not self.is_whole:
-                self.hidden[batch] = out
+        for batch in range(len(self.hidden)):
+            self.hidden[batch] = self.run(index, batch)
             done()
-        if not self.is_whole:
-            self.calls[index] = []
+        self.calls[index] = []
 
 
 def split(model: nn.Module, batches: Sequence[tuple[tuple, dict]]) -> Blocks:
@@ -94,6 +93,7 @@ def split(model: nn.Module, batches: Sequence[tuple[tuple, dict]]) -> Blocks:
         interned: dict[int, Any] = {}
         for batch in batches:
             _record(model, blocks, kinds, batch, interned)
+        blocks.originals = list(blocks.hidden)
         return blocks
     for args, kwargs in batches[:1]:
         _check_finite(model(*args, **kwargs))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from qpass.algorithms.awq import awq, search
 from qpass.algorithms.clip import clip
-from qpass.algorithms.gptq import DAMPING, factor, gptq
+from qpass.algorithms.gptq import DAMPING, aligned, factor, gptq
 from qpass.algorithms.rtn import rtn
 from qpass.assignment import Assignment
 from qpass.errors import OptionError
@@ -23,7 +24,7 @@ from qpass.frontends import progress
 from qpass.frontends.batches import read_batches
 from qpass.frontends.blocks import Blocks, split
 from qpass.frontends.layers import Layer, layers_of
-from qpass.frontends.moments import Moments, check_finite, siblings, watching
+from qpass.frontends.moments import Moments, Watch, check_finite, inputs_of, siblings
 from qpass.frontends.resume import Finished, fingerprint
 from qpass.lowering.given import Given, give, hash_of
 from qpass.qweight import QWeight
@@ -33,6 +34,9 @@ DATA_FREE = frozenset({"clip", "rtn"})
 
 FEWEST_TOKENS = 128
 """Fewer say nothing of a layer's inputs; tens of thousands are usual."""
+
+TARGETS = 0.25
+"""How far a layer is aimed at what the original model computes: all the way it makes good once more what layers before it made good."""
 
 OVERFIT = 0.25
 """Damping of GPTQ by inputs a token, where that is more than the paper's: compensation fits the noise of a small calibration."""
@@ -64,9 +68,11 @@ def quantize(
     write_back  overwrite the weights with the values that their codes stand for, for eager use. By default they stay the
                originals: only graphs that are compiled afterwards use the codes.
 
-    The decoder blocks are quantized one after the other, each calibrated on what the quantized blocks before it give.
-    Held besides the model are one block's second moments, the hidden states of the calibration, and the codes (up to
-    four bits: half a byte a weight). Interrupted, the model is as it was. A model that isn't a chain of blocks is calibrated in one go, with the moments of all layers held at once.
+    The layers are quantized one after the other, each calibrated on what the quantized ones before it give, and aimed a
+    quarter of the way at what the original model computes there. Held besides the model are one layer's second moments, the calibration's hidden
+    states in both models, what one block's layers read in the original, and the codes (up to four bits: half a byte a
+    weight). Interrupted, the model is as it was. A model that isn't a chain of blocks is calibrated in one go, with the
+    moments of all layers held at once and each layer aimed at its own inputs.
     Layers outside of the blocks (the output head) are rounded without data. Codes keep their scheme whatever scheme
     ``qpass.compile`` is called with; ``exclude`` there still leaves a layer as it is. Experts' 3-D weights are left as they
     are, with a warning.
@@ -85,7 +91,11 @@ def quantize(
                 _without_data(linears, algorithm, write_back)
             else:
                 data = _read(model, batches, tokenizer, length, count)
-                settings = {"algorithm": algorithm, "schemes": {linear.name: str(linear.scheme) for linear in linears}}
+                settings = {
+                    "algorithm": algorithm,
+                    "targets": TARGETS,
+                    "schemes": {linear.name: str(linear.scheme) for linear in linears},
+                }
                 finished = Finished(Path(folder), fingerprint(model, settings, data)) if folder is not None else None
                 _with_data(model, linears, data, algorithm, finished, write_back)
     finally:
@@ -115,6 +125,8 @@ def _with_data(
                 if finished is not None:
                     finished.save(index, found)
             else:
+                for batch in range(len(data) if index + 1 < len(inside) else 0):
+                    blocks.run_original(index, batch)
                 step(len(data) + len(own), label)
             if index + 1 < len(inside):
                 with _standing_in(own, found):
@@ -137,41 +149,75 @@ def _quantize_block(
     algorithm: str,
     step: Callable[[], None],
 ) -> dict[str, Given]:
+    """Codes of a block's linears, those that read one input at a time, in the order in which they run.
+
+    What comes later in the block reads what the quantized ones before it give, and is to give what the original model's
+    gives (GPTAQ, 2504.02692). Held are the inputs of all of the block's linears in the original model.
+    """
     by_name = {linear.name: linear for linear in linears}
-    groups = siblings([(x.name, x.module) for x in linears], next(iter(blocks.runs(index))))
-    firsts = [(names[0], by_name[names[0]].module, by_name[names[0]].k) for names in groups]
-    current: list[Tensor | None] = [None]
-    with watching(firsts, lambda: current[0]) as moments:
-        for mask, run in zip(masks, blocks.runs(index), strict=True):
-            current[0] = mask
-            run()
-            step()
+    groups = siblings([(x.name, x.module) for x in linears], partial(blocks.run, index, 0))
+    readers = {names[0]: [by_name[name] for name in names] for names in groups}
+    firsts = [(name, own[0].module, own[0].k) for name, own in readers.items()]
+    originals: list[dict[str, Tensor]] = [{} for _ in masks]
+    for batch in range(len(masks)):
+        if not blocks.is_whole:
+            run = partial(blocks.run_original, index, batch)
+            originals[batch] = inputs_of([(name, module) for name, module, _ in firsts], run)
+        step()
     found: dict[str, Given] = {}
-    for names in groups:
-        seen = moments.pop(names[0])
-        weights, divisor = _solve([by_name[name] for name in names], seen, algorithm)
-        for name, weight in zip(names, weights, strict=True):
-            found[name] = Given.of(weight, divisor=divisor, source=algorithm)
-            step()
+    with ExitStack() as quantized:
+        for together in [firsts] if blocks.is_whole else [[first] for first in firsts]:
+            moments = _watched(blocks, index, together, masks, originals)
+            for name, _, _ in together:
+                own = readers[name]
+                weights, divisor = _solve(own, moments.pop(name), algorithm)
+                for linear, weight in zip(own, weights, strict=True):
+                    found[linear.name] = Given.of(weight, divisor=divisor, source=algorithm)
+                    step()
+                if not blocks.is_whole:
+                    quantized.enter_context(_standing_in(own, found))
     return found
+
+
+def _watched(
+    blocks: Blocks,
+    index: int,
+    linears: list[tuple[str, nn.Module, int]],
+    masks: Sequence[Tensor | None],
+    originals: list[dict[str, Tensor]],
+) -> dict[str, Moments]:
+    """What the linears read, over all batches; their originals are spent."""
+    watch = Watch(linears)
+    try:
+        for batch, mask in enumerate(masks):
+            mine = {name: x for name, _, _ in linears if (x := originals[batch].pop(name, None)) is not None}
+            watch.run(partial(blocks.run, index, batch), mask, mine)
+    finally:
+        watch.close()
+    return watch.moments
 
 
 def _solve(linears: list[Layer], seen: Moments, algorithm: str) -> tuple[list[QWeight], Tensor | None]:
     """Codes of the linears that share one input, and the divisor that they want of it."""
     formats = [linear.format for linear in linears]
     weights = [linear.read().float() for linear in linears]
-    amplitude, hessian = seen.amplitude(), seen.hessian()
+    amplitude, hessian, drift = seen.amplitude(), seen.hessian(), seen.drift()
     check_finite(hessian, linears[0].name)
     damping = min(1.0, max(DAMPING, OVERFIT * len(hessian) / max(1, seen.rows)))
     try:
-        if algorithm == "gptq":
+        if drift is not None:
             shared = factor(hessian, damping=damping)
-            return [gptq(w, shared, format) for w, format in zip(weights, formats, strict=True)], None
+            weights = [aligned(w, drift, shared, TARGETS) for w in weights]
         if algorithm == "awq":
             return awq(weights, amplitude, hessian, formats)
-        divisor = search(weights, amplitude, hessian, formats)
-        shared = factor(hessian / divisor[:, None] / divisor, damping=damping)
-        return [gptq(w * divisor, shared, format) for w, format in zip(weights, formats, strict=True)], divisor
+        divisor = None
+        if algorithm == "awq+gptq":
+            divisor = search(weights, amplitude, hessian, formats)
+            hessian = hessian / divisor[:, None] / divisor
+            weights = [w * divisor for w in weights]
+        if drift is None or divisor is not None:
+            shared = factor(hessian, damping=damping)
+        return [gptq(w, shared, format) for w, format in zip(weights, formats, strict=True)], divisor
     except ValueError as error:
         raise OptionError(f"{', '.join(linear.name for linear in linears)}: {error}") from error
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qpass.algorithms.clip import span
-from qpass.algorithms.gptq import factor, gptq
+from qpass.algorithms.gptq import aligned, factor, gptq
 from qpass.algorithms.rtn import rtn
 from qpass.scheme import Format
 
@@ -160,3 +160,23 @@ def test_bad_input_is_refused(change, says: str) -> None:  # type: ignore[no-unt
     weight, _, hessian = _layer()
     with pytest.raises(ValueError, match=says):
         gptq(*change(weight, hessian), Format(4, 32))
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_dividing_by_a_factor_is_multiplying_with_the_inverse(act_order: bool) -> None:
+    weight, _, hessian = _layer()
+    damped = hessian.double() + 0.05 * hessian.diagonal().mean() * torch.eye(K)
+    expected = weight.double() @ torch.linalg.inv(damped)
+    got = factor(hessian, act_order=act_order, damping=0.05).divide(weight)
+    assert torch.allclose(got.double(), expected, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_an_aligned_weight_is_the_least_squares_answer() -> None:
+    weight, x, _ = _layer()
+    x = x.double()
+    original = x + 0.2 * x @ torch.randn(K, K, generator=torch.Generator().manual_seed(5), dtype=torch.float64) / K**0.5
+    hessian, drift = (x.t() @ x / SAMPLES).float(), ((original - x).t() @ x / SAMPLES).float()
+    got = aligned(weight, drift, factor(hessian, damping=1e-6))
+    wanted = original @ weight.double().t()
+    best = torch.linalg.lstsq(x, wanted).solution.t()
+    assert torch.allclose(got.double(), best, atol=1e-3 * float(best.abs().max()))

@@ -106,6 +106,15 @@ def _damage(model: nn.Module, algorithm: str, scheme: str = "w3a16-g32") -> floa
     return float((_logits(quantized, ids) - wanted).square().mean())
 
 
+def _inputs(model: nn.Module, name: str, ids: Tensor) -> Tensor:
+    """What the linear ``name`` reads, fp32 [tokens, K]."""
+    seen: list[Tensor] = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    _logits(model, ids)
+    hook.remove()
+    return seen[0].float()
+
+
 def test_a_calibration_beats_rounding(llama) -> None:
     plain = _damage(llama, "rtn")
     assert _damage(llama, "clip") < plain
@@ -123,17 +132,35 @@ def test_later_blocks_see_what_quantized_ones_give(llama, monkeypatch) -> None:
 
     monkeypatch.setattr(quantize, "_solve", spy)
     result = qpass.quantize(copy.deepcopy(llama), _data(), scheme="w2a16-g32", write_back=True)
-    expected: dict[str, Tensor] = {}
-    for which, model in (("quantized", result), ("original", llama)):
-        for name in ("model.layers.1.self_attn.q_proj",):
-            hook = model.get_submodule(name).register_forward_pre_hook(
-                lambda module, args, key=which: expected.update({key: args[0].abs().mean((0, 1))})
-            )
-            _logits(model, _data())
-            hook.remove()
-    mine = seen["model.layers.1.self_attn.q_proj"]
-    assert torch.allclose(mine, expected["quantized"], rtol=1e-3)
-    assert not torch.allclose(mine, expected["original"], rtol=1e-2)
+    name = "model.layers.1.self_attn.q_proj"
+    quantized, original = (_inputs(model, name, _data()).abs().mean(0) for model in (result, llama))
+    assert torch.allclose(seen[name], quantized, rtol=1e-3)
+    assert not torch.allclose(seen[name], original, rtol=1e-2)
+
+
+def test_targets_are_what_the_original_model_computes(llama, monkeypatch) -> None:
+    drifts: dict[str, Tensor | None] = {}
+    solve = quantize._solve
+
+    def spy(linears, moments, algorithm):  # type: ignore[no-untyped-def]
+        drifts[linears[0].name] = moments.drift()
+        return solve(linears, moments, algorithm)
+
+    monkeypatch.setattr(quantize, "_solve", spy)
+    result = qpass.quantize(copy.deepcopy(llama), _data(), scheme="w2a16-g32", write_back=True)
+    first = drifts["model.layers.0.self_attn.q_proj"]
+    assert not bool(first.any())  # nothing before it is quantized
+    assert bool(drifts["model.layers.0.self_attn.o_proj"].any())
+    name = "model.layers.1.self_attn.q_proj"
+    actual, original = _inputs(result, name, _data()), _inputs(llama, name, _data())
+    expected = (original - actual).t() @ actual / len(actual)
+    assert torch.allclose(drifts[name], expected, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_targets_of_the_original_model_keep_it_nearer(llama, monkeypatch) -> None:
+    with_targets = _damage(llama, "gptq", "w2a16-g32")
+    monkeypatch.setattr(quantize, "aligned", lambda weight, drift, shared, share: weight)
+    assert with_targets < 0.97 * _damage(llama, "gptq", "w2a16-g32")
 
 
 def test_siblings_share_moments_and_padding_counts_for_nothing(llama, monkeypatch) -> None:
