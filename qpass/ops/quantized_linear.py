@@ -65,8 +65,9 @@ def _quantized_linear(
     ).dequantize()
     dtype, x = dtype or x.dtype, apply_norm_of(x, rule, norm, norm_weight, norm_bias, norm_eps)
     rows = x.reshape(-1, x.shape[-1]).float()
-    apart = None if outliers is None else rows[:, outliers] @ outlier_weight.float()  # type: ignore[union-attr]
-    if outliers is not None:
+    apart: Tensor | None = None
+    if outliers is not None and outlier_weight is not None:
+        apart = rows[:, outliers] @ outlier_weight.float()
         rows = rows.index_fill(1, outliers, 0.0)
     if rotate and x.dtype != torch.int8:
         rows = rotated(rows)

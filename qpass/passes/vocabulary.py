@@ -67,7 +67,7 @@ def check(stage: str, graph: fx.Graph, ctx: Context) -> list[str]:
     if stage == "keep_int8":
         writes = Writes(graph)
         complaints += [
-            f"{node.name}: is rounded to {tensor_of(node).dtype}, and then to int8"  # type: ignore[union-attr]
+            f"{node.name}: is rounded to the model's dtype, and then to int8"
             for node in graph.find_nodes(op="call_function", target=QUANTIZED)
             if scale_wanted(node) is not None and node.kwargs.get("y_scale") is None and not writes.touch(node)
         ]

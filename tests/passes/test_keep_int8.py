@@ -99,5 +99,5 @@ def test_a_pair_that_could_be_folded_is_a_complaint():
         return 0
 
     forget.__name__ = "keep_int8"
-    with pytest.raises(QpassError, match=r"is rounded to torch\.float32, and then to int8"):
+    with pytest.raises(QpassError, match="is rounded to the model's dtype, and then to int8"):
         rewritten(KEPT["gated"], [*BEFORE, forget])
