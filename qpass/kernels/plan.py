@@ -103,15 +103,12 @@ class Tuning:
         return iter((self.linear_rows, self.panel_rows, self.tile_rows))
 
     def path(self, format: KernelFormat, tier: Tier, m: int) -> Path:
-        if tier == "amx" and m >= self.tile_rows and (format.rule != "a16" or m > EXACT_ROWS):
+        if tier == "amx" and (format.rule == "a16" or m >= self.tile_rows):
             return "tiles"
         if m <= min(self.linear_rows, linear_limit(format, tier)):
             return "linear"
         return "panel" if format.unpacks and m >= self.panel_rows else "stream"
 
-
-EXACT_ROWS = 64
-"""Up to here the rows of a16 have the same bits for every M: tiles round otherwise and serve wider calls only."""
 
 NEVER = 1 << 30
 
@@ -205,13 +202,16 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
 
 
 def paths(format: KernelFormat, tier: Tier, m: int) -> tuple[Path, ...]:
-    """The ways in which a tier's unit can walk M rows."""
+    """The ways in which a tier's unit can walk M rows. Tiles round bf16 products in their own way, so with AMX all calls of
+    a16 take them, and a row has the same bits whatever is computed with it."""
+    if tier == "amx" and format.rule == "a16":
+        return ("tiles",)
     found: list[Path] = ["stream"]
     if m <= linear_limit(format, tier):
         found.append("linear")
     if format.unpacks:
         found.append("panel")
-    if tier == "amx" and (format.rule != "a16" or m > EXACT_ROWS):
+    if tier == "amx":
         found.append("tiles")
     return tuple(found)
 

@@ -14,7 +14,7 @@ from qpass.cpu import Cpu
 from qpass.errors import KernelError
 from qpass.kernels import load, tuning
 from qpass.kernels.format import KernelFormat
-from qpass.kernels.plan import EXACT_ROWS, NEVER, Path, Tuning, linear_limit
+from qpass.kernels.plan import NEVER, Path, Tuning, linear_limit
 
 BUDGET_S = 1.0
 LEAVES_CACHE = 64 << 20
@@ -69,6 +69,8 @@ def _thresholds(
 ) -> Tuning:
     """Each threshold where the next path begins to win; the model's own where time ran out."""
     linear, panel, tiles = model
+    if cpu.tier == "amx" and format.rule == "a16":
+        return model  # one path
     if in_time():
         rows = range(1, linear_limit(format, cpu.tier) + 1)
         losing = (m for m in rows if in_time() and _wins(seconds, "stream", "linear", m))
@@ -76,11 +78,9 @@ def _thresholds(
     if format.unpacks and in_time():
         panel = next((m for m in PANEL_CANDIDATES if in_time() and _wins(seconds, "panel", "stream", m)), NEVER)
     if cpu.tier == "amx":
-        candidates = (EXACT_ROWS + 1,) if format.rule == "a16" else TILE_CANDIDATES
         vector = Tuning(linear, panel, NEVER)
-        tiles = next(
-            (m for m in candidates if in_time() and _wins(seconds, "tiles", vector.path(format, cpu.tier, m), m)), NEVER
-        )
+        winning = (m for m in TILE_CANDIDATES if in_time() and _wins(seconds, "tiles", vector.path(format, cpu.tier, m), m))
+        tiles = next(winning, NEVER)
     return Tuning(linear, panel, tiles)
 
 

@@ -15,7 +15,7 @@ from qpass.cpu import Cpu, Tier, detect
 from qpass.kernels import load
 from qpass.kernels.format import BITS, GROUPS, RULES, KernelFormat
 from qpass.kernels.pack import pack
-from qpass.kernels.plan import SERVED
+from qpass.kernels.plan import NEVER, SERVED, Tuning
 
 CPU = detect()
 SERVES = CPU.tier in SERVED
@@ -90,6 +90,10 @@ BARS = {torch.bfloat16: 45.0, torch.float16: 60.0, torch.float32: 100.0}
 
 X_SCALE = 0.03
 """The static scale of a8-static's cases: normal inputs reach 150 of it, so that some are clamped."""
+
+
+WALKS = [Tuning(0, NEVER, NEVER), Tuning(NEVER, NEVER, NEVER), Tuning(0, 1, NEVER), Tuning(0, NEVER, 1)]
+"""Vectors abreast, in stored order, by a panel, by tiles: wherever the unit has them."""
 
 
 def name_of(format: KernelFormat) -> str:

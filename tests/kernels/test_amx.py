@@ -16,8 +16,8 @@ from qpass.kernels.store import obtain
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 @pytest.mark.parametrize(
     ("format", "instruction"),
-    [(KernelFormat(4, 128, "a8-token-group", 2), "tdpbsud"), (KernelFormat(8, None, "a8-token", 4), "tdpbsud"),
-     (KernelFormat(4, 32, "a16", 2), "tdpbf16ps"), (KernelFormat(3, 16, "a8-token", 2), "tdpbsud"),
+    [(KernelFormat(4, 128, "a8-token-group", 2), "tdpbssd"), (KernelFormat(8, None, "a8-token", 4), "tdpbsud"),
+     (KernelFormat(4, 32, "a16", 2), "tdpbf16ps"), (KernelFormat(3, 16, "a8-token", 2), "tdpbssd"),
      (KernelFormat(2, 16, "a16", 2), "tdpbf16ps")],
 )  # fmt: skip
 def test_the_real_instructions_are_there(format: KernelFormat, instruction: str) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import CASES, SERVES, Weight, over, product, quantized, run, use
+from kernel_cases import CASES, SERVES, WALKS, Weight, over, product, quantized, run, use
 from torch import Tensor
 
+from qpass.kernels import load
 from qpass.kernels.format import KernelFormat
 
 pytestmark = pytest.mark.skipif(not SERVES, reason="needs AVX2")
@@ -124,3 +125,15 @@ def test_tokens_of_zeros_and_of_tiny_numbers(format: KernelFormat, tier: str) ->
     weight = Weight.random(64, 128, format)
     assert torch.equal(run(torch.zeros(2, 128), weight), torch.zeros(2, 64))
     assert torch.isfinite(run(torch.full((2, 128), 1e-38), weight)).all()
+
+
+@over([case for case in OF_TIERS if case[0].bits < 8 and case[0].zero_bytes == 1])
+def test_zeros_far_from_the_codes(format: KernelFormat, tier: str) -> None:
+    """A zero has eight bits whatever its codes have: tiles take signed codes less their zero, and 15 - 255 is none."""
+    use(format, tier=tier)
+    weight, x = Weight.random(70, 200, format), torch.randn(20, 200)
+    weight.zeros = torch.randint(0, 256, weight.zeros.shape, dtype=torch.uint8)
+    for walk in WALKS:
+        load.retune(format, walk)
+        error = (run(x, weight).double() - product(x, weight)).abs()
+        assert bool((error <= error_bound(x, weight)).all()), walk

@@ -12,6 +12,7 @@ from kernel_cases import (
     FORMATS,
     SERVES,
     TIERS,
+    WALKS,
     Weight,
     covering,
     name_of,
@@ -25,7 +26,6 @@ from kernel_cases import (
 
 from qpass.kernels import load
 from qpass.kernels.format import KernelFormat
-from qpass.kernels.plan import NEVER, Tuning
 
 pytestmark = pytest.mark.skipif(not SERVES, reason="needs AVX2")
 
@@ -38,10 +38,6 @@ SHAPES = [  # M, N, K: on the block and off it, K below a group, single outputs,
     (33, 100, 391),
     (70, 65, 256),
 ]
-
-WALKS = [Tuning(0, NEVER, NEVER), Tuning(NEVER, NEVER, NEVER), Tuning(0, 1, NEVER), Tuning(0, NEVER, 1)]
-"""Vectors abreast, in stored order, by a panel, by tiles: wherever the unit has them."""
-
 
 @over(CASES)
 def test_close_to_fp64(format: KernelFormat, tier: str) -> None:

@@ -33,7 +33,7 @@ def test_plan_names_a_path_that_the_unit_has() -> None:
                 assert plan.tuning(format, cpu).path(format, cpu.tier, m) in plan.paths(format, cpu.tier, m)
     a8, a16 = KernelFormat(4, 128, "a8-token-group", 2), KernelFormat(4, 128, "a16", 2)
     assert plan.plan(Shape(512, 8960, 1536), a8, amx).path == "tiles"
-    assert "tiles" not in plan.paths(a16, "amx", 64)  # they would round otherwise than decoding
+    assert plan.paths(a16, "amx", 1) == ("tiles",)  # the vector paths would round otherwise than a prompt
     assert plan.plan(Shape(1, 64, 128), a16, vnni).weight_bytes == 64 * 64 + 128 + 64
     with pytest.raises(ValueError, match="tier none"):
         plan.plan(Shape(1, 64, 128), a16, Cpu("x", "y", frozenset(), 2))

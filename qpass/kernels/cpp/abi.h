@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QPASS_ABI 5
+#define QPASS_ABI 6
 
 enum QpassDtype { QPASS_F32 = 0, QPASS_BF16 = 1, QPASS_F16 = 2, QPASS_I8 = 3 };
 enum QpassActivation { QPASS_NONE = 0, QPASS_RELU = 1, QPASS_GELU = 2, QPASS_GELU_TANH = 3, QPASS_SILU = 4 };
@@ -49,7 +49,7 @@ struct QpassCall {
   void* y;
   int64_t y_stride;
   uint8_t* prepared;      // activations in the kernel's own form, 64-byte aligned, prepared_bytes() long
-  int64_t rows_per_task;  // set by partition()
+  int64_t rows_per_task, blocks_per_task;  // set by partition()
   struct QpassTuning tuning;
 };
 
@@ -61,7 +61,7 @@ struct QpassKernel {
   int64_t (*packed_bytes)(int64_t n, int64_t k, int32_t glu);
   int64_t (*prepared_bytes)(const QpassCall* call);
   void (*prepare)(const QpassCall* call, int64_t row_begin, int64_t row_end);
-  int64_t (*partition)(QpassCall* call);            // chooses rows_per_task, returns the number of independent tasks
+  int64_t (*partition)(QpassCall* call);            // chooses what a task is, returns the number of independent tasks
   int64_t (*scratch_bytes)(const QpassCall* call);  // for each thread, 64-byte aligned
   void (*run)(const QpassCall* call, void* scratch, int64_t task_begin, int64_t task_end);
   void (*gather)(const uint8_t* packed, int64_t n, int64_t k, int32_t glu, int64_t row, float* out);  // k floats

@@ -79,44 +79,93 @@ void multiply_outliers(const QpassCall& c, const float* apart, int64_t rows, int
     multiply_outliers<Dtype, 1>(c, apart + r * c.outliers, n, lanes, out + r * kBlock);
 }
 
-// Rows [row, row + rows) of outputs [64 * block, ...): `total` and, when glu, `total_up` are [rows * terms][64].
+// One block of outputs: what its epilogue reads, at the block's first output. Values, not the call itself, which the
+// compiler would read again behind each store.
+struct Block {
+  const float* bias[2];  // of each half, or null
+  const void *mul, *residual;
+  void* y;
+  int64_t mul_stride, residual_stride, y_stride, n;
+  int activation;
+
+  Block(const QpassCall& c, int64_t block)
+      : mul(c.mul), residual(c.residual), y(c.y), mul_stride(c.mul_stride), residual_stride(c.residual_stride),
+        y_stride(c.y_stride), n(block * kBlock), activation(c.activation) {
+    const int64_t outputs = c.glu ? c.n / 2 : c.n;
+    for (int half = 0; half < 2; half++) bias[half] = c.bias ? c.bias + half * outputs + n : nullptr;
+  }
+  // What is stored of row m's outputs behind i * kLanes, from their values and, when `Glu`, those of the other half.
+  template <int Dtype, bool Glu>
+  QPASS_INLINE F32 value(F32 v, F32 up, int64_t m, int i, int lanes) const {
+    v = activate(v, activation);
+    if (Glu) v = mul_(v, up);
+    if (mul) v = mul_(v, load_float<Dtype>(mul, m * mul_stride + n + i * kLanes, lanes));
+    if (residual) v = add(v, load_float<Dtype>(residual, m * residual_stride + n + i * kLanes, lanes));
+    return v;
+  }
+  static F32 mul_(F32 a, F32 b) { return qpass::mul(a, b); }
+};
+
+// Rows [row, row + rows) of whole blocks of outputs without outliers, as they are: `total` and `total_up` are
+// [rows * terms][64].
+template <class F, int Dtype, bool Glu>
+void store_whole(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_t row, int64_t rows, const float* total,
+                 const float* total_up) {
+  constexpr int terms = F::a16 ? terms_of(Dtype) : 1;
+  const Block b(c, block);
+  const float* token_scales = F::rule == QPASS_A8_TOKEN ? p.scale(0) : nullptr;
+  const float x_scale = c.x_scale;
+  for (int64_t m = row; m < row + rows; m++, total += terms * kBlock, total_up += terms * kBlock) {
+    const float token_scale = token_scales ? token_scales[m] : x_scale;
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; i++) {
+      auto own = [&](const float* totals, int half) __attribute__((always_inline)) {
+        return finish<F>(totals + i * kLanes, terms, token_scale, nullptr, b.bias[half] ? b.bias[half] + i * kLanes : nullptr,
+                         kLanes);
+      };
+      const F32 v = b.value<Dtype, Glu>(own(total, 0), Glu ? own(total_up, 1) : F32{}, m, i, kLanes);
+      store_float<Dtype>(b.y, m * b.y_stride + b.n + i * kLanes, v);
+    }
+  }
+}
+
+// The same of any block: partial, with outliers, to int8 codes, rotated.
 template <class F, int Dtype>
 void store_block(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_t row, int64_t rows, const float* total,
                  const float* total_up) {
   const int terms = F::a16 ? terms_of(Dtype) : 1;
-  const int64_t outputs = c.glu ? c.n / 2 : c.n;
+  const int64_t outputs = c.glu ? c.n / 2 : c.n, width = min_of(outputs - block * kBlock, kBlock);
   const bool few = !F::a16 && c.outliers;
+  if (!few && c.y_scale == 0 && width == kBlock)
+    return c.glu ? store_whole<F, Dtype, true>(c, p, block, row, rows, total, total_up)
+                 : store_whole<F, Dtype, false>(c, p, block, row, rows, total, total_up);
+  const Block b(c, block);
+  const F32 inverse = set(c.y_scale != 0 ? 1.0f / c.y_scale : 0.0f);
   alignas(64) float outliers[2][kOutlierRows * kBlock];
   for (int64_t m = row; m < row + rows; m++, total += terms * kBlock, total_up += terms * kBlock) {
     const float token_scale = F::rule == QPASS_A8_TOKEN ? p.scale(0)[m] : c.x_scale;
     const int64_t turn = (m - row) % kOutlierRows;
     if (few && turn == 0)
       for (int half = 0; half <= c.glu; half++)
-        multiply_outliers<Dtype>(c, p.apart + m * c.outliers, row + rows - m, half * outputs + block * kBlock,
-                                 outputs - block * kBlock, outliers[half]);
+        multiply_outliers<Dtype>(c, p.apart + m * c.outliers, row + rows - m, half * outputs + b.n, width, outliers[half]);
     F32 rotated[kVectors];
-    for (int i = 0; i < kVectors; i++) {
-      const int64_t n = block * kBlock + i * kLanes;
-      if (n >= outputs) break;
-      const int lanes = outputs - n >= kLanes ? kLanes : int(outputs - n);
+    for (int i = 0; i * kLanes < width; i++) {
+      const int lanes = int(min_of(width - i * kLanes, kLanes));
       auto own = [&](const float* totals, int half) {
         return finish<F>(totals + i * kLanes, terms, token_scale,
                          few ? outliers[half] + turn * kBlock + i * kLanes : nullptr,
-                         c.bias ? c.bias + half * outputs + n : nullptr, lanes);
+                         b.bias[half] ? b.bias[half] + i * kLanes : nullptr, lanes);
       };
-      F32 v = activate(own(total, 0), c.activation);
-      if (c.glu) v = mul(v, own(total_up, 1));
-      if (c.mul) v = mul(v, load_float<Dtype>(c.mul, m * c.mul_stride + n, lanes));
-      if (c.residual) v = add(v, load_float<Dtype>(c.residual, m * c.residual_stride + n, lanes));
+      F32 v = c.glu ? b.value<Dtype, true>(own(total, 0), own(total_up, 1), m, i, lanes)
+                    : b.value<Dtype, false>(own(total, 0), F32{}, m, i, lanes);
       if (c.y_rotate) rotated[i] = v;
-      else if (c.y_scale != 0) store_float<QPASS_I8>(c.y, m * c.y_stride + n, mul(v, set(1.0f / c.y_scale)), lanes);
-      else store_float<Dtype>(c.y, m * c.y_stride + n, v, lanes);
+      else if (c.y_scale != 0) store_float<QPASS_I8>(c.y, m * c.y_stride + b.n + i * kLanes, mul(v, inverse), lanes);
+      else store_float<Dtype>(c.y, m * c.y_stride + b.n + i * kLanes, v, lanes);
     }
     if (c.y_rotate) {  // whole blocks only, and to codes only
       rotate(rotated);
       for (int i = 0; i < kVectors; i++)
-        store_float<QPASS_I8>(c.y, m * c.y_stride + block * kBlock + i * kLanes,
-                              mul(rotated[i], set(1.0f / c.y_scale)));
+        store_float<QPASS_I8>(c.y, m * c.y_stride + b.n + i * kLanes, mul(rotated[i], inverse));
     }
   }
 }

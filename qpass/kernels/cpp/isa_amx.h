@@ -39,6 +39,11 @@ template <int C, int A, int B>
 inline void dot_s8u8() {
   __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
 }
+// The same with signed B.
+template <int C, int A, int B>
+inline void dot_s8s8() {
+  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
+}
 // C += A x B in bf16 pairs.
 template <int C, int A, int B>
 inline void dot_bf16() {
@@ -74,16 +79,24 @@ inline void store(void* base, int64_t stride) {
   for (int r = 0; r < state.config.rows[T]; r++)
     memcpy((char*)base + r * stride, state.tile[T][r], state.config.row_bytes[T]);
 }
-template <int C, int A, int B>
-inline void dot_s8u8() {
+template <int C, int A, int B, class Byte>
+inline void dot_bytes() {
   for (int m = 0; m < state.config.rows[C]; m++)
     for (int k = 0; k < state.config.rows[B]; k++)
       for (int n = 0; n < 16; n++) {
         int32_t c;
         memcpy(&c, state.tile[C][m] + 4 * n, 4);
-        for (int i = 0; i < 4; i++) c += int8_t(state.tile[A][m][4 * k + i]) * state.tile[B][k][4 * n + i];
+        for (int i = 0; i < 4; i++) c += int8_t(state.tile[A][m][4 * k + i]) * Byte(state.tile[B][k][4 * n + i]);
         memcpy(state.tile[C][m] + 4 * n, &c, 4);
       }
+}
+template <int C, int A, int B>
+inline void dot_s8u8() {
+  dot_bytes<C, A, B, uint8_t>();
+}
+template <int C, int A, int B>
+inline void dot_s8s8() {
+  dot_bytes<C, A, B, int8_t>();
 }
 inline float bf16_at(const uint8_t* p) {
   const uint32_t bits = uint32_t(p[0]) << 16 | uint32_t(p[1]) << 24;

@@ -14,6 +14,9 @@
 
 namespace qpass {
 
+constexpr int64_t kSharing = 4;  // blocks of a task that share activations from beyond the L2 cache
+
+
 template <class F>
 struct Kernel {
   static_assert(F::grouped || F::rule != QPASS_A8_TOKEN_GROUP, "without weight groups there is one scale a token");
@@ -26,49 +29,59 @@ struct Kernel {
   static int64_t packed_bytes(int64_t n, int64_t k, int32_t glu) { return F::blocks(n, glu) * F::block_bytes(k); }
   static int64_t prepared_bytes(const QpassCall* c) { return Prepared<F>(*c).bytes(); }
 
+#ifdef QPASS_AMX
+  static bool tiles(const QpassCall& c) { return amx::takes(c, F::a16); }
+#else
+  static bool tiles(const QpassCall&) { return false; }
+#endif
+
   // Rows are split where their totals outgrow the cache, or where there are too few blocks to keep all threads busy.
+  // Tiles multiply so fast that activations from beyond the L2 cache would hold them up: several blocks share them.
   static int64_t partition(QpassCall* c) {
-    const int64_t most = QPASS_TASK_ROWS / (terms(*c) * (c->glu ? 2 : 1)), blocks = output_blocks(*c);
+    const int64_t widths = terms(*c) * (c->glu ? 2 : 1), blocks = output_blocks(*c);
+    const bool shares = tiles(*c) && c->m * terms(*c) * c->k * F::element > QPASS_TASK_ROWS * 512;
+    const int64_t most = QPASS_TASK_ROWS / widths / (shares ? kSharing : 1);
     int64_t pieces = ceil_div(c->m, most);
     while (c->threads > 1 && blocks * pieces < 8 * c->threads && c->m >= 64 * (pieces + 1)) pieces++;
     c->rows_per_task = ceil_div(c->m, pieces);
-    return ceil_div(c->m, c->rows_per_task) * blocks;
+    c->blocks_per_task = shares && blocks * pieces >= kSharing * c->threads ? kSharing : 1;
+    return ceil_div(c->m, c->rows_per_task) * ceil_div(blocks, c->blocks_per_task);
   }
 
-  static int64_t totals_bytes(const QpassCall& c) {
-    return round_up(c.rows_per_task * terms(c), kLanes) * kBlock * int64_t(sizeof(float));
+  static int64_t total_rows(const QpassCall& c) { return round_up(c.rows_per_task * terms(c), kLanes); }
+  static int64_t scratch_bytes(const QpassCall* c) {
+    return total_rows(*c) * c->blocks_per_task * (c->glu ? 2 : 1) * kBlock * int64_t(sizeof(float)) + kPanelBytes;
   }
-  static int64_t scratch_bytes(const QpassCall* c) { return totals_bytes(*c) * (c->glu ? 2 : 1) + kPanelBytes; }
 
   static void run(const QpassCall* call, void* scratch, int64_t begin, int64_t end) {
     const QpassCall& c = *call;
     const Prepared<F> p(c);
-    const int64_t blocks = output_blocks(c), block_bytes = F::block_bytes(c.k), half_bytes = totals_bytes(c);
+    const int64_t groups = ceil_div(output_blocks(c), c.blocks_per_task), block_bytes = F::block_bytes(c.k);
+    const int64_t height = total_rows(c), halves = c.glu ? 2 : 1;
     uint8_t* panel = (uint8_t*)scratch;
-    uint8_t* totals = panel + kPanelBytes;
+    float* totals = (float*)(panel + kPanelBytes);  // [block and half][height][64]
 #ifdef QPASS_AMX
-    const bool tiles = amx::takes(c, F::a16);
-    if (tiles) amx::configure<F>(p.rows);
+    if (tiles(c)) amx::configure<F>(p.rows);
 #endif
     for (int64_t task = begin; task < end; task++) {
-      const int64_t block = task % blocks, row = task / blocks * c.rows_per_task;
-      const int64_t rows = c.m - row < c.rows_per_task ? c.m - row : c.rows_per_task;
-      for (int half = 0; half <= c.glu; half++) {
-        float* total = (float*)(totals + half * half_bytes);
-        const uint8_t* weights = c.packed + (c.glu ? 2 * block + half : block) * block_bytes;
-        memset(total, 0, rows * terms(c) * kBlock * sizeof(float));
+      const int64_t first = task % groups * c.blocks_per_task, row = task / groups * c.rows_per_task;
+      const int64_t rows = min_of(c.rows_per_task, c.m - row), blocks = min_of(c.blocks_per_task, output_blocks(c) - first);
+      const int64_t t_row = row * terms(c), t_rows = rows * terms(c);
+      const uint8_t* weights = c.packed + first * halves * block_bytes;
+      memset(totals, 0, blocks * halves * height * kBlock * sizeof(float));
 #ifdef QPASS_AMX
-        if (tiles) {
-          amx::multiply_block<F>(weights, c.k, p, row * terms(c), rows * terms(c), total, panel);
-          continue;
-        }
+      if (tiles(c)) amx::multiply_blocks<F>(weights, blocks * halves, c.k, p, t_row, t_rows, totals, height, panel);
+      else
 #endif
-        multiply_block<F>(weights, c.k, p, row * terms(c), rows * terms(c), total, panel, c.tuning);
+        for (int64_t b = 0; b < blocks * halves; b++)
+          multiply_block<F>(weights + b * block_bytes, c.k, p, t_row, t_rows, totals + b * height * kBlock, panel, c.tuning);
+      for (int64_t b = 0; b < blocks; b++) {
+        const float* total = totals + b * halves * height * kBlock;
+        store_block<F>(c, p, first + b, row, rows, total, total + height * kBlock);
       }
-      store_block<F>(c, p, block, row, rows, (const float*)totals, (const float*)(totals + half_bytes));
     }
 #ifdef QPASS_AMX
-    if (tiles) amx::release();
+    if (tiles(c)) amx::release();
 #endif
   }
 
