@@ -23,6 +23,8 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 """By number, as ``QpassActivation`` in ``cpp/abi.h`` and ``qpass.ops.epilogue`` have them."""
 
 LANES = 16
+TOGETHER = 256  # rows that AMX takes through a segment before it is unpacked again (cpp/gemm_amx.h)
+SHARING = 4  # blocks of outputs that share activations from beyond the L2 cache (cpp/kernel.h)
 SEGMENT = {"a16": 128, "a8": 256}  # inputs between stores of the accumulators without groups (cpp/layout.h)
 
 SPAN = {"a16": 1024, "a8": 2048}  # the same where several tiles walk a span of K each (cpp/segment.h)
@@ -38,19 +40,37 @@ UNPACK_OPS = {
     (3, "a16"): 2.5,  # select, shift, lookup
     (2, "a16"): 1.75,
 }
-FOLD_OPS = 12.0  # a finished group into 16 totals: zero, convert, scale, add, load, store; counted, not fitted
-HELD_FOLD_OPS = 7.0  # the same where the totals wait in registers; counted, not fitted
-DOT_EFFICIENCY = 0.79  # of the peak inside a tile: its loop, and the loads that begin it; measured on Zen 4, 2026-11
 LOAD_OPS = 0.5  # a load of 64 bytes beside arithmetic: two a cycle on every core since Haswell
 STORE_OPS = 2.0  # a store of 64 bytes: one a cycle
 PREPARE_OPS = {"a16": 12.0, "a8": 14.0}  # 16 inputs: widen, (largest, scale, round, narrow), sum, store
 EPILOGUE_OPS = 6.0  # 16 outputs: load, bias, round, store
 DOT_LATENCY = {"a16": 6.0, "a8": 4.0}  # cycles, Zen 4 and Sapphire Rapids (uops.info: vdpbf16ps, vpdpbusd)
-LINEAR_READ = 0.82  # of the read bandwidth: the hardware prefetcher follows one stream best
-STREAM_READ = 0.72  # four streams a block; measured on Zen 4, 2026-11
-L3_READ = 5.0  # times the memory's rate; measured on Zen 4, 2026-11
-CALL_SECONDS = 9e-6  # the op's call and the waking of the other threads, measured on Zen 4, 2026-11
-OVERLAP = 6.0  # exponent of the norm that joins memory and arithmetic: they overlap, but not where both are the limit
+
+
+@dataclass(frozen=True)
+class Core:
+    """What counting instructions doesn't tell; fitted to measurements by ``benchmarks/fit_plan.py``."""
+
+    fold_ops: float  # a finished group into 16 totals: zero, convert, scale, add, load, store
+    held_fold_ops: float  # the same where the totals wait in registers
+    dot_efficiency: float  # of the peak inside a tile: its loop, and the loads that begin it
+    linear_read: float  # of the read bandwidth: the hardware prefetcher follows one stream best
+    stream_read: float  # four streams a block
+    l3_read: float  # times the memory's rate
+    call_seconds: float  # the op's call and the waking of the other threads
+    overlap: float  # exponent of the norm that joins memory and arithmetic: they overlap, but not where both are the limit
+    tile_efficiency: float = 0.5  # of the peak of AMX products, with the loads of their operands
+    tile_fold_ops: float = 6.0  # as fold_ops, between products
+    tile_unpack: float = 1.0  # times the instructions that unpack, between products
+
+
+ZEN4 = Core(12.0, 7.0, 0.79, 0.82, 0.72, 5.0, 9e-6, 6.0)
+GRANITE_RAPIDS = Core(12.0, 7.0, 0.79, 0.95, 0.9, 5.0, 9e-6, 6.0)
+
+
+def core_of(tier: Tier) -> Core:
+    """Those of the two machines that were measured: all that have AMX are Intel's of one kind."""
+    return GRANITE_RAPIDS if tier == "amx" else ZEN4
 
 
 @dataclass(frozen=True)
@@ -143,7 +163,7 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
     tier, rates = tier or cpu.tier, cpu.rates or TYPICAL_RATES
     if tier not in SERVED:
         raise ValueError(f"{cpu.name} has tier {tier}; the kernels need one of {', '.join(SERVED)}")
-    kind = "a16" if format.rule == "a16" else "a8"
+    core, kind = core_of(tier), "a16" if format.rule == "a16" else "a8"
     macs_of_dot = 32 if kind == "a16" else 64
     n, k = format.blocks(shape.n, shape.glu) * BLOCK, format.padded_k(shape.k)
     rows = tile_rows(format, tier, path)
@@ -152,20 +172,16 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
     dots = operands * shape.m
     spans = tier not in ("avx2", "avx_vnni") and (path == "panel" or (path == "stream" and passes > 1))
     segment = format.group or (SPAN if spans else SEGMENT)[kind]
-    folds = shape.m * n / LANES * -(-k // segment)
-    folding = (
-        folds * (HELD_FOLD_OPS if spans else FOLD_OPS) / rates.vector_ops
-    )  # behind the tile that it closes: nothing to overlap with
+    folds = shape.m * n / LANES * -(-k // segment) / rates.vector_ops
     unpacking = operands * UNPACK_OPS[format.bits, kind]
     if path == "tiles":
-        unpacked = unpacking + 2 * LOAD_OPS * operands
-        rate = rates.int8_tile_macs if kind == "a8" else rates.bf16_tile_macs
+        rate = (rates.int8_tile_macs if kind == "a8" else rates.bf16_tile_macs) * core.tile_efficiency
         padded = passes * rows / shape.m if shape.m >= rows else 1.0  # the last tile's empty rows are multiplied too
-        dot_seconds = dots * macs_of_dot * padded / max(rate, 1.0)
-        vector_seconds = unpacked / rates.vector_ops if format.unpacks else 0.0
-        compute = dot_seconds + vector_seconds + folding  # tiles wait for the panel, and the fold for the tiles
+        turns = -(-shape.m // TOGETHER) if format.unpacks else 0
+        unpacked = (unpacking + operands * STORE_OPS) * core.tile_unpack * turns / rates.vector_ops
+        compute = dots * macs_of_dot * padded / max(rate, 1.0) + unpacked + folds * core.tile_fold_ops
     else:
-        rate = (rates.int8_macs if kind == "a8" else rates.bf16_macs) / macs_of_dot * DOT_EFFICIENCY
+        rate = (rates.int8_macs if kind == "a8" else rates.bf16_macs) / macs_of_dot * core.dot_efficiency
         height = min(shape.m, rows)
         multiplying = dots / rate * max(1.0, DOT_LATENCY[kind] / (height * 4))  # at least: too few sums in flight
         if path == "panel":
@@ -174,17 +190,19 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
         else:
             times = 1 if path == "linear" else passes
             compute = max(multiplying, (dots + (unpacking + operands * LOAD_OPS) * times) / rates.vector_ops)
-        compute += folding
+        # behind the tile that it closes: nothing to overlap with
+        compute += folds * (core.held_fold_ops if spans else core.fold_ops)
     moved = format.packed_bytes(shape.n, shape.k, shape.glu)
-    memory = moved / (rates.read_bytes * (LINEAR_READ if path == "linear" else STREAM_READ))
+    memory = moved / (rates.read_bytes * (core.linear_read if path == "linear" else core.stream_read))
     tasks = format.blocks(shape.n, shape.glu) // (2 if shape.glu else 1) * -(-shape.m // blocking(cpu).task_rows)
     idle = -(-tasks // cpu.cores) * cpu.cores / tasks  # the last tasks leave threads without work
     prepared = shape.m * k * (2 if kind == "a16" else 1)
     if prepared > cpu.l2_bytes // 2:  # activations come from the next cache again, for every block of outputs
-        compute += n / BLOCK * prepared / (rates.read_bytes * L3_READ)
+        sharing = SHARING if path == "tiles" else 1
+        compute += n / BLOCK / sharing * prepared / (rates.read_bytes * core.l3_read)
     prepare = shape.m * k / LANES * PREPARE_OPS[kind] / rates.vector_ops * (cpu.cores if shape.m == 1 else 1)
     finish = shape.m * n / LANES * EPILOGUE_OPS / rates.vector_ops
-    busy = (memory**OVERLAP + (compute * idle) ** OVERLAP) ** (1 / OVERLAP)
+    busy = (memory**core.overlap + (compute * idle) ** core.overlap) ** (1 / core.overlap)
     peak = max(rates.int8_macs, rates.int8_tile_macs) if kind == "a8" else max(rates.bf16_macs, rates.bf16_tile_macs)
     multiplies = shape.m * shape.n * shape.k
     return Plan(
@@ -197,7 +215,7 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
         memory_seconds=memory,
         compute_seconds=compute,
         limit_seconds=max(moved / rates.read_bytes, multiplies / peak),
-        seconds=CALL_SECONDS + prepare + busy + finish,
+        seconds=core.call_seconds + prepare + busy + finish,
     )
 
 

@@ -79,7 +79,9 @@ def _thresholds(
         panel = next((m for m in PANEL_CANDIDATES if in_time() and _wins(seconds, "panel", "stream", m)), NEVER)
     if cpu.tier == "amx":
         vector = Tuning(linear, panel, NEVER)
-        winning = (m for m in TILE_CANDIDATES if in_time() and _wins(seconds, "tiles", vector.path(format, cpu.tier, m), m))
+        winning = (
+            m for m in TILE_CANDIDATES if in_time() and _wins(seconds, "tiles", vector.path(format, cpu.tier, m), m)
+        )
         tiles = next(winning, NEVER)
     return Tuning(linear, panel, tiles)
 

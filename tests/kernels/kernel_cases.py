@@ -65,19 +65,22 @@ FLOAT_ZEROS: dict[str, list[KernelFormat]] = {
 
 
 def _cases() -> list[tuple[KernelFormat, str]]:
-    """What the slow tests run: every format on AVX-512 VNNI; on each other tier a covering, whose turns differ so that
-    all formats but a few meet one of them; without BF16 and VBMI only what they change, a16.
+    """What the slow tests run: every format on the machine's own tier, which other tests ask for too; on each other tier a
+    covering, whose turns differ so that all formats but a few meet one of them; without BF16 and VBMI only what they
+    change, a16.
 
-    A unit costs two seconds to compile, which is nearly all that these tests cost. Several formats in one unit would
-    not be faster (measured: four in 8.3 s, one by one 8.6 s)."""
+    A unit costs two to three seconds to compile, which is nearly all that these tests cost. Several formats in one unit
+    would not be faster (measured: four in 8.3 s, one by one 8.6 s)."""
     chosen: dict[str, list[KernelFormat]] = {
         "avx2": covering(0),
         "avx_vnni": covering(1),
         "avx512": covering(2),
         PLAIN: [_format(bits, group, "a16") for bits, group in zip(sorted(BITS), GROUPS[1:], strict=True)],
-        "avx512_vnni": FORMATS,
+        "avx512_vnni": covering(3),
         "amx": covering(3),
     }
+    if CPU.tier in chosen:
+        chosen[CPU.tier] = FORMATS
     for tier, formats in FLOAT_ZEROS.items():
         chosen[tier] = chosen[tier] + formats
     return [(f, tier) for tier, formats in chosen.items() if tier.removesuffix("-plain") in TIERS for f in formats]

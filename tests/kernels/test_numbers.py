@@ -39,6 +39,7 @@ SHAPES = [  # M, N, K: on the block and off it, K below a group, single outputs,
     (70, 65, 256),
 ]
 
+
 @over(CASES)
 def test_close_to_fp64(format: KernelFormat, tier: str) -> None:
     use(format, tier=tier)

@@ -83,4 +83,6 @@ def test_rates_are_limits() -> None:
     assert rates is not None
     assert rates.int8_macs > rates.bf16_macs > 0
     assert 1e9 < rates.read_bytes < 2e12
-    assert rates.vector_ops * 64 * 1.3 > rates.int8_macs  # a dot product is one vector instruction; clocks drift between the two
+    assert (
+        rates.vector_ops * 64 * 1.3 > rates.int8_macs
+    )  # a dot product is one vector instruction; clocks drift between the two
