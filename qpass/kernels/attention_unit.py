@@ -15,10 +15,11 @@ _lock = threading.Lock()
 _serving: Unit | None = None
 
 
-def attention_unit(cpu: Cpu, tier: Tier | None = None, *, pairs: bool = True) -> Unit:
+def attention_unit(cpu: Cpu, tier: Tier | None = None, *, pairs: bool = True, emulate: bool = False) -> Unit:
     """The kernel for one tier (the machine's own by default). Raises KernelError where there is none.
 
-    ``pairs`` False leaves the bf16 dot product out, as on a CPU without one: for tests.
+    ``pairs`` False leaves the bf16 dot product out, as on a CPU without one; ``emulate`` has plain C++ in place of the
+    tile instructions: both for tests.
     """
     tier = tier or cpu.tier
     try:
@@ -27,15 +28,17 @@ def attention_unit(cpu: Cpu, tier: Tier | None = None, *, pairs: bool = True) ->
         raise KernelError(f"the attention kernel needs AVX2; this CPU is {cpu.name} with tier {tier}") from error
     if not pairs:
         flags = [flag for flag in flags if flag != "-mavx512bf16"]
+    if emulate:
+        flags.append(f"-DQPASS_{tier.upper()}_EMULATED")
     text = '#include "attention.h"\nQPASS_DEFINE_ATTENTION()\n'
     return Unit(f"attention-{tier}", text, (*COMMON_FLAGS, *flags), included("attention.h"))
 
 
-def ensure(cpu: Cpu | None = None, tier: Tier | None = None, *, pairs: bool = True) -> None:
+def ensure(cpu: Cpu | None = None, tier: Tier | None = None, *, pairs: bool = True, emulate: bool = False) -> None:
     """Make ``torch.ops.qpass.attention`` run natively. Raises KernelError; the op then keeps its plain-torch meaning."""
     global _serving
     with _lock:
-        unit = attention_unit(cpu or detect(), tier, pairs=pairs)
+        unit = attention_unit(cpu or detect(), tier, pairs=pairs, emulate=emulate)
         if unit == _serving:
             return
         library = open_library(obtain(unit))

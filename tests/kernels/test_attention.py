@@ -17,8 +17,9 @@ from qpass.ops.attention import _attention, from_int8, to_int8
 from tests.support.tolerance import sqnr_db
 
 CPU = detect()
-# Every tier that this machine runs, each with all that the CPU has beyond it; avx_vnni and amx add no instruction that
-# attention uses, so their units run wherever those of avx2 and of AVX-512 BF16 do. "False": bf16 without vdpbf16ps.
+# Every tier that this machine runs, each with all that the CPU has beyond it; avx_vnni adds no instruction that
+# attention uses, so its unit runs wherever that of avx2 does; amx is emulated where it is missing. "False": bf16 without
+# vdpbf16ps.
 RUNS_ON: dict[Tier, Tier] = {"avx_vnni": "avx2", "amx": "avx512_vnni"}
 UNITS = [(tier, True) for tier in TIERS[1:] if CPU.runs(RUNS_ON.get(tier, tier))]
 UNITS = [unit for unit in UNITS if unit[0] != "amx" or "avx512_bf16" in CPU.isa]
@@ -34,7 +35,7 @@ BAR_DB = {torch.float32: 115.0, torch.bfloat16: 50.0, torch.float16: 70.0}
 @pytest.fixture(params=UNITS, ids=lambda unit: f"{unit[0]}{'' if unit[1] else '-nopairs'}")
 def unit(request) -> Iterator[None]:
     tier, pairs = request.param
-    attention_unit.ensure(tier=tier, pairs=pairs)
+    attention_unit.ensure(tier=tier, pairs=pairs, emulate=tier == "amx" and not CPU.runs("amx"))
     yield
     attention_unit.ensure()
 

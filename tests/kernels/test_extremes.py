@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import CASES, SERVES, WALKS, Weight, over, product, quantized, run, use
+from kernel_cases import CASES, CPU, SERVES, WALKS, Weight, over, product, quantized, run, use
 from torch import Tensor
 
 from qpass.kernels import load
@@ -27,7 +27,7 @@ TINY = 1e-34
 OF_TIERS = [
     case
     for i, case in enumerate(CASES)
-    if case[0].group in (None, 16, 64) and (case[1] != "avx512_vnni" or case[0].rule != "a8-static") and i % 3 == 0
+    if case[0].group in (None, 16, 64) and (case[1] != CPU.tier or case[0].rule != "a8-static") and i % 3 == 0
 ]
 
 

@@ -2,6 +2,9 @@
 // of visible slots. A task is some rows (queries x the heads that share a key head) of one key head, block after block.
 #pragma once
 #include "attention_block.h"
+#ifdef QPASS_AMX
+#include "attention_tiles.h"
+#endif
 
 #ifndef QPASS_ATTENTION_ROWS
 #define QPASS_ATTENTION_ROWS 96  // of a task: their queries and totals stay in the L2 cache, a block is packed once for all
@@ -9,9 +12,27 @@
 
 namespace qpass::attention {
 
+// How the rows of a task are taken: several in registers, or 16 in tiles.
+template <bool Tiles>
+struct Ways {
+  static constexpr int rows = kTileRows;
+  using Memory = Tile;
+  struct Registers {};
+};
+#ifdef QPASS_AMX
+template <>
+struct Ways<true> {
+  static constexpr int rows = tiles::kRows;
+  using Memory = tiles::Tile;
+  using Registers = tiles::Registers;
+};
+#endif
+
 template <class T>
 struct Kernel {
   using Call = QpassAttentionCall;
+  using Way = Ways<T::tiles>;
+  using Memory = typename Way::Memory;
 
   static int64_t group(const Call& c) { return c.heads / c.shared; }
   static int64_t rows(const Call& c) { return group(c) * c.queries; }  // of one key head
@@ -41,7 +62,7 @@ struct Kernel {
 
   // What a thread works in, laid out one behind the other.
   struct Scratch {
-    Tile* tile;
+    Memory* tile;
     Row* rows;
     float* scales;  // [2][64]
     uint32_t *q, *keys, *values;
@@ -50,10 +71,10 @@ struct Kernel {
     Scratch(const Call& c, void* memory) {
       char* at = (char*)memory;
       auto take = [&](int64_t size) { return (at += ceil_to(size, 64)) - ceil_to(size, 64); };
-      tile = (Tile*)take(sizeof(Tile));
+      tile = (Memory*)take(sizeof(Memory));
       rows = (Row*)take(c.rows_per_task * int64_t(sizeof(Row)));
       scales = (float*)take(2 * kKeys * 4);
-      q = (uint32_t*)take(c.rows_per_task * key_words(c) * 4);
+      q = (uint32_t*)take((c.rows_per_task + Way::rows) * key_words(c) * 4);  // a tile reads behind the last row
       keys = (uint32_t*)take(key_words(c) * kKeys * 4);
       values = (uint32_t*)take(words<T>(kKeys) * value_stride(c) * 4);
       totals = (float*)take(total_floats(c) * 4);
@@ -128,7 +149,7 @@ struct Kernel {
     pack_keys<T>(k, c.width, s.keys);
     pack_values<T>(v, c.value_width, stride, s.values);
     const Block block = {start, s.keys, s.values, words<T>(c.width), stride};
-    const int64_t tiles = (t.rows + kTileRows - 1) / kTileRows;
+    const int64_t tiles = (t.rows + Way::rows - 1) / Way::rows;
     for (int64_t i = 0, row = 0; i < tiles; i++) {  // of almost equal height
       const int height = int(t.rows / tiles + (i < t.rows % tiles));
       bool sees = false;
@@ -140,9 +161,14 @@ struct Kernel {
   }
 
   static void add_tile(int height, const uint32_t* q, int64_t q_stride, const Row* rows, const Block& b,
-                       const Score& how, Tile& tile, const Totals& totals, int64_t row) {
+                       const Score& how, Memory& tile, const Totals& totals, int64_t row) {
     float *maxima = totals.maxima + row, *sums = totals.sums + row * kLanes;
     float* values = totals.values + row * b.value_stride;
+#ifdef QPASS_AMX
+    if constexpr (T::tiles)
+      return tiles::add_block<T>(height, q, q_stride, rows, b, how, tile, maxima, sums, values);
+    else
+#endif
     switch (height) {
       case 1:
         return add_block<T, 1>(q, q_stride, rows, b, how, tile, maxima, sums, values);
@@ -186,6 +212,7 @@ struct Kernel {
     const Call& c = *call;
     const Task t(c, unit / c.blocks);
     const Scratch s(c, memory);
+    [[maybe_unused]] const typename Way::Registers registers;
     const int64_t stride = value_stride(c);
     const Slots all = gather(c, t, s);
     if (c.blocks > 1) {

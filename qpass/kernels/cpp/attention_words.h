@@ -14,6 +14,11 @@ constexpr bool kMultipliesPairs = true;
 #else
 constexpr bool kMultipliesPairs = false;
 #endif
+#ifdef QPASS_AMX
+constexpr bool kTakesTiles = kMultipliesPairs;
+#else
+constexpr bool kTakesTiles = false;
+#endif
 
 // Dtype of the queries; Codes: keys and values are int8 codes, whose scales are applied to scores and weights.
 template <int Dtype_, bool Codes_>
@@ -22,6 +27,7 @@ struct Types {
   static constexpr bool codes = Codes_;
   static constexpr bool pairs = kMultipliesPairs && Dtype_ == QPASS_BF16;
   static constexpr int inputs = pairs ? 2 : 1;  // of a word
+  static constexpr bool tiles = kTakesTiles && pairs;  // AMX
   static constexpr int element = codes ? 1 : dtype == QPASS_F32 ? 4 : 2;  // bytes
 };
 
@@ -189,11 +195,13 @@ QPASS_INLINE I32 interleave(I32 a, I32 b) {
 }
 #endif
 
-// panel[word of the keys][stride], of which `width` rounded up to 16 are written.
+// panel[word of the keys][stride], of which `width` rounded up to 16 are written; words behind the last are zeros up to a
+// whole tile.
 template <class T>
 void pack_values(const Slots& slots, int64_t width, int64_t stride, uint32_t* panel) {
   auto load_at = [&](const void* row, int64_t i) { return row ? bits(load_elements<T>(row, i, width - i)) : set(0); };
-  for (int64_t key = 0; key < ceil_to(slots.end, T::inputs); key += T::inputs, panel += stride) {
+  constexpr int64_t whole = T::inputs * (T::tiles ? 16 : 1);
+  for (int64_t key = 0; key < ceil_to(slots.end, whole); key += T::inputs, panel += stride) {
     const void* row = slots.at(key);
     const void* next = T::pairs ? slots.at(key + 1) : nullptr;
     int64_t i = 0;
