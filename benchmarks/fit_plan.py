@@ -32,8 +32,10 @@ SPREAD, DIFFERS = 1.3, 1.15  # as in tests/kernels/test_model.py
 def predicted(record: Record) -> float:
     """Milliseconds, with the machine's rates of the record."""
     s = record.settings
-    cpu = Cpu(record.machine.cpu, "x", frozenset(), record.machine.cores, rates=Rates(**s["rates"]))
     format, tier = format_of(Scheme.parse(s["name"])), cast(Tier, record.machine.tier)
+    l2_bytes = (2 if tier == "amx" else 1) << 20
+    rates = Rates(**s["rates"])
+    cpu = Cpu(record.machine.cpu, "x", frozenset(), record.machine.cores, l2_bytes=l2_bytes, rates=rates)
     return 1e3 * plan.predict(Shape(s["m"], s["n"], s["k"]), format, cpu, s["path"], tier).seconds
 
 

@@ -21,7 +21,10 @@ SPREAD = 1.3  # p90 over p10: a time that varies more is the machine's unrest, n
 WITHIN = 0.25
 DIFFERS = 1.15
 
-KNOWN = {"avx512_vnni": Cpu("recorded", "x", frozenset(), 2)}
+KNOWN = {
+    "avx512_vnni": Cpu("recorded", "x", frozenset(), 2),
+    "amx": Cpu("recorded", "x", frozenset(), 2, l2_bytes=2 << 20),
+}
 
 
 def recorded(what: str) -> Iterator[tuple[Record, Plan]]:
