@@ -25,6 +25,7 @@ from qpass.measure.record import Record, read
 from qpass.scheme import Scheme
 
 AT_MOST = {"dot_efficiency": 1.0, "linear_read": 1.0, "stream_read": 1.0, "overlap": 8.0, "tile_efficiency": 1.0}
+AT_LEAST = {"overlap": 1.0}
 STEPS = (1.2, 1.05, 1.01)
 SPREAD, DIFFERS = 1.3, 1.15  # as in tests/kernels/test_model.py
 
@@ -65,7 +66,8 @@ def fit(records: list[Record], name: str) -> float:
             improved = False
             for field, factor in itertools.product([f.name for f in fields(plan.Core)], (step, 1 / step)):
                 before = getattr(plan, name)
-                value = min(getattr(before, field) * factor, AT_MOST.get(field, math.inf))
+                value = getattr(before, field) * factor
+                value = max(AT_LEAST.get(field, 0.0), min(value, AT_MOST.get(field, math.inf)))
                 setattr(plan, name, replace(before, **{field: value}))
                 found = loss(records)
                 if found < best - 1e-6:

@@ -145,7 +145,7 @@ def main() -> None:
             records = [record for record in read(args.source) if record.what == "linear"]
         elif args.paths:
             ours = tuple(name for name in args.names if name in SCHEMES)
-            records = each_path(ours, tuple(m for m in args.m if m <= 128))
+            records = each_path(ours, tuple(m for m in args.m if m <= 512))
         else:
             records = grid(tuple(args.names), tuple(args.m), args.rounds)
     if args.output:

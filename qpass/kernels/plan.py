@@ -67,7 +67,9 @@ class Core:
 
 
 ZEN4 = Core(12.0, 7.0, 0.79, 0.82, 0.72, 5.0, 9e-6, 6.0)
-GRANITE_RAPIDS = Core(12.0, 7.0, 0.79, 0.95, 0.9, 5.0, 9e-6, 6.0)
+GRANITE_RAPIDS = Core(
+    6.2, 12.4, 0.69, 0.92, 0.98, 5.0, 3e-5, 1.0, tile_efficiency=0.55, tile_fold_ops=8.3, tile_unpack=0.94
+)
 
 
 def core_of(tier: Tier) -> Core:
