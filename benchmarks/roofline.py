@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="append the records to this file")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 3 * len(args.m) + 1  # Inductor's candidate is compiled for each M and shape
     with torch.no_grad():
         if args.source:
             records = [record for record in read(args.source) if record.what == "linear"]

@@ -68,7 +68,7 @@ class Core:
 
 ZEN4 = Core(12.0, 7.0, 0.79, 0.82, 0.72, 5.0, 9e-6, 6.0)
 GRANITE_RAPIDS = Core(
-    6.2, 12.4, 0.69, 0.92, 0.98, 5.0, 3e-5, 1.0, tile_efficiency=0.55, tile_fold_ops=8.3, tile_unpack=0.94
+    7.4, 12.7, 0.66, 0.88, 0.96, 1.5, 1.7e-5, 1.04, tile_efficiency=0.46, tile_fold_ops=8.5, tile_unpack=0.94
 )
 
 
@@ -270,8 +270,8 @@ def tuning(format: KernelFormat, cpu: Cpu, tier: Tier | None = None) -> Tuning:
     return replace(vector, tile_rows=tiles)
 
 
-AMX_RATES = replace(TYPICAL_RATES, read_bytes=28e9, int8_tile_macs=3.2e12, bf16_tile_macs=1.6e12)
-"""Two threads of one Sapphire Rapids core: 6.4 TOPS and 3.2 TFLOPS of tile products, 28 GB/s."""
+AMX_RATES = Rates(30e9, 800e9, 105e9, 13e9, 6.8e12, 3.4e12)
+"""Two cores of a Xeon with AMX (2026-11)."""
 
 
 def refuse(format: KernelFormat, k: int) -> str | None:

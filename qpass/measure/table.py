@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from qpass.measure.record import Record, read
-from qpass.measure.report_data import LABELS, models
+from qpass.measure.report_data import LABELS, machine_of, models
 from qpass.measure.report_pictures import recipe_markdown
 
 RESULTS, PEERS, COST, LINEAR, SPECULATION = "results", "peers", "costs", "linear", "speculation"
@@ -152,6 +152,17 @@ def insert(readme: str, table: str, part: str = RESULTS) -> str:
     return pattern.sub(lambda _: f"{begin}\n{table}\n{end}", readme)
 
 
+def of_each_machine(records: Iterable[Record], what: str, markdown: Callable[[list[Record]], str]) -> str:
+    """One part of ``markdown`` for each machine that has records of ``what``. Raises ValueError where none has."""
+    machines: dict[str, list[Record]] = {}
+    for record in records:
+        machines.setdefault(machine_of(record), []).append(record)
+    parts = [markdown(own) for own in machines.values() if any(r.what == what for r in own)]
+    if not parts:
+        raise ValueError(f"no record of {what}")
+    return "\n\n".join(parts)
+
+
 def updated(readme: str, folder: Path) -> str:
     """The README's text with every marked part made anew from the ``.jsonl`` files of a folder."""
     records = [record for path in sorted(folder.glob("*.jsonl")) for record in read(path)]
@@ -159,8 +170,8 @@ def updated(readme: str, folder: Path) -> str:
         (RESULTS, recipes_markdown(records)),
         (PEERS, recipes_markdown(records, peers=True)),
         (COST, costs_markdown(records)),
-        (LINEAR, linear_markdown(records)),
-        (SPECULATION, speculation_markdown(records)),
+        (LINEAR, of_each_machine(records, "linear", linear_markdown)),
+        (SPECULATION, of_each_machine(records, "speculation_tpot", speculation_markdown)),
     ):
         readme = insert(readme, made, part)
     return readme

@@ -95,6 +95,19 @@ def test_linear_layers() -> None:
         table.linear_markdown([other])
 
 
+def test_each_machine_has_a_table_of_its_own() -> None:
+    there = replace(linear("w8a16", 1, 0.3), machine=Machine("other", 2, "avx2", "2.13"))
+    strangers = [replace(there, what="linear-path", machine=Machine("third", 2, "avx2", "2.13"))]
+    text = table.of_each_machine([linear("w8a16", 1, 0.5), there, *strangers], "linear", table.linear_markdown)
+    first, second = text.split("\n\n| tokens", 1)[0], text.rpartition("In milliseconds")[2]
+    assert "cpu (amx)" in first
+    assert "other (avx2)" in second
+    assert "0.30" in second
+    assert "0.50" not in second
+    with pytest.raises(ValueError, match="no record of linear"):
+        table.of_each_machine(strangers, "linear", table.linear_markdown)
+
+
 def test_marks_are_needed() -> None:
     for part in (table.RESULTS, table.PEERS, table.COST, table.LINEAR):
         with pytest.raises(ValueError, match=f"{part}: begin"):
