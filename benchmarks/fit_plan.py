@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("records", type=Path, nargs="+")
     records = [r for file in parser.parse_args().records for r in read(file)]
     records = [r for r in records if "path" in r.settings and r.p90 < SPREAD * r.p10]
-    name = "GRANITE_RAPIDS" if records[0].machine.tier == "amx" else "ZEN4"
+    name = "XEON_AMX" if records[0].machine.tier == "amx" else "ZEN4"
     print(f"{len(records)} records, mean error {loss(records):.3f} before, {fit(records, name):.3f} after")
     print(name, "=", getattr(plan, name))
     errors = sorted(records, key=lambda r: abs(math.log(predicted(r) / r.value)))

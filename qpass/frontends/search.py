@@ -120,7 +120,9 @@ def search(
     inputs = dict(simulation.inputs)
     if not inputs:
         raise OptionError("the model has no linear layer over a Parameter")
-    cpu = replace(detect(), rates=plan.TYPICAL_RATES)  # not this minute's: a search gives the same recipe twice
+    cpu = replace(
+        detect(), rates=plan.typical_rates(detect().tier)
+    )  # not this minute's: a search gives the same recipe twice
     table: dict[tuple[str, ...], list[Option]] = {}
     with progress.counting("measuring sites", len(inputs)) as show:
         for done, (names, shared) in enumerate(inputs.items()):
@@ -190,7 +192,7 @@ def _cost(shared: Shared, scheme: Scheme, cpu: Cpu) -> tuple[int, float]:
     size = shared.readers[0].ref.parameter.element_size()
     assert cpu.rates is not None
     if scheme.weight is None:
-        return n * k * size, n * k * size / cpu.rates.read_bytes
+        return n * k * size, plan.core_of(cpu.tier).call_seconds + n * k * size / cpu.rates.read_bytes
     scale_bytes = 4 if scheme.weight.group is None else 2
     format = KernelFormat(scheme.weight.bits, scheme.weight.group, scheme.activation, scale_bytes)
     return format.packed_bytes(n, k), plan.plan(plan.Shape(1, n, k), format, cpu).seconds

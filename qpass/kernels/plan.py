@@ -67,14 +67,14 @@ class Core:
 
 
 ZEN4 = Core(12.0, 7.0, 0.79, 0.82, 0.72, 5.0, 9e-6, 6.0)
-GRANITE_RAPIDS = Core(
-    7.4, 12.7, 0.66, 0.88, 0.96, 1.5, 1.7e-5, 1.04, tile_efficiency=0.46, tile_fold_ops=8.5, tile_unpack=0.94
+XEON_AMX = Core(
+    2.8, 14.1, 0.68, 0.79, 0.84, 1.1, 1.6e-5, 1.17, tile_efficiency=0.42, tile_fold_ops=8.9, tile_unpack=0.8
 )
 
 
 def core_of(tier: Tier) -> Core:
     """Those of the two machines that were measured: all that have AMX are Intel's of one kind."""
-    return GRANITE_RAPIDS if tier == "amx" else ZEN4
+    return XEON_AMX if tier == "amx" else ZEN4
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,14 @@ NEVER = 1 << 30
 TYPICAL_RATES = Rates(read_bytes=30e9, int8_macs=460e9, bf16_macs=230e9, vector_ops=14.5e9)
 """Two cores of Zen 4 (2026-11): where nobody measured."""
 
+AMX_RATES = Rates(30e9, 800e9, 105e9, 13e9, 6.8e12, 3.4e12)
+"""Two cores of a Xeon with AMX (2026-11)."""
+
+
+def typical_rates(tier: Tier) -> Rates:
+    """Where nobody measured."""
+    return AMX_RATES if tier == "amx" else TYPICAL_RATES
+
 
 def linear_limit(format: KernelFormat, tier: Tier) -> int:
     """The most rows that a unit can walk in stored order (``Tuning::linear_rows`` in ``cpp/isa_*.h``)."""
@@ -164,7 +172,8 @@ def blocking(cpu: Cpu) -> Blocking:
 
 def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier | None = None) -> Plan:
     """What one call takes on ``path``. Raises ValueError where the machine has no tier that these kernels serve."""
-    tier, rates = tier or cpu.tier, cpu.rates or TYPICAL_RATES
+    tier = tier or cpu.tier
+    rates = cpu.rates or typical_rates(tier)
     if tier not in SERVED:
         raise ValueError(f"{cpu.name} has tier {tier}; the kernels need one of {', '.join(SERVED)}")
     core, kind = core_of(tier), "a16" if format.rule == "a16" else "a8"
@@ -268,10 +277,6 @@ def tuning(format: KernelFormat, cpu: Cpu, tier: Tier | None = None) -> Tuning:
         return vector
     tiles = next((m for m in range(1, 257) if faster("tiles", vector.path(format, tier, m), m)), NEVER)
     return replace(vector, tile_rows=tiles)
-
-
-AMX_RATES = Rates(30e9, 800e9, 105e9, 13e9, 6.8e12, 3.4e12)
-"""Two cores of a Xeon with AMX (2026-11)."""
 
 
 def refuse(format: KernelFormat, k: int) -> str | None:
