@@ -120,9 +120,8 @@ def search(
     inputs = dict(simulation.inputs)
     if not inputs:
         raise OptionError("the model has no linear layer over a Parameter")
-    cpu = replace(
-        detect(), rates=plan.typical_rates(detect().tier)
-    )  # not this minute's: a search gives the same recipe twice
+    # Not this minute's rates: a search gives the same recipe twice.
+    cpu = replace(detect(), rates=plan.typical_rates(detect().tier))
     table: dict[tuple[str, ...], list[Option]] = {}
     with progress.counting("measuring sites", len(inputs)) as show:
         for done, (names, shared) in enumerate(inputs.items()):

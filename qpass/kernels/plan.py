@@ -58,9 +58,7 @@ class Core:
     stream_read: float  # four streams a block
     l3_read: float  # times the memory's rate
     call_seconds: float  # the op's call and the waking of the other threads
-    overlap: (
-        float  # exponent of the norm that joins memory and arithmetic: they overlap, but not where both are the limit
-    )
+    overlap: float  # exponent of the norm that joins memory and arithmetic: at 1 they wait for each other
     tile_efficiency: float = 0.5  # of the peak of AMX products, with the loads of their operands
     tile_fold_ops: float = 6.0  # as fold_ops, between products
     tile_unpack: float = 1.0  # times the instructions that unpack, between products
