@@ -8,48 +8,13 @@
 // into the totals, unpack the next segment's codes) is dealt out between the products of a segment.
 #pragma once
 #include <utility>
-#include "gemm.h"
-#include "isa_amx.h"
+#include "accumulate_amx.h"
 
 namespace qpass::amx {
-
-constexpr int64_t kFew = 64;  // rows that multiply faster than the memory brings their weights
-
-inline bool takes(const QpassCall& c, bool a16) { return a16 || c.m >= c.tuning.tile_rows; }
-
-template <class F>
-struct Tile {
-  static constexpr int steps = F::steps < 16 ? F::steps : 16;  // dot-product steps of one tile product
-  static constexpr int of_chunk = F::steps / steps;
-  static constexpr int64_t panel_bytes = F::segment_chunks * F::panel_chunk_bytes;  // of a segment
-  static constexpr int products = F::segment_chunks * of_chunk * kVectors;  // of a whole segment
-  // Zeros that are codes leave the others while these are unpacked, which makes them signed and saves the fold its part.
-  static constexpr bool centered = F::unpacks && kIntegerZeros<F>;
-};
 
 // Rows that go through a segment before the next one: their totals (64 KB) come from the L2 cache, the segment's weights
 // from L1. Fewer would unpack more often, and gain nothing (64, 128, 512 tried on a Xeon with 2 MB of L2).
 constexpr int64_t kTogether = 256;
-
-// `rows`: of the narrowest task; fewer than 16 make the products shorter.
-template <class F>
-void configure(int64_t rows) {
-  Config c;
-  const uint8_t height = uint8_t(rows < kTileRows ? rows : kTileRows);
-  for (int t = 0; t < kTiles; t++) {
-    c.row_bytes[t] = kRowBytes;
-    c.rows[t] = t < 5 ? height : Tile<F>::steps;
-  }
-  c.row_bytes[4] = Tile<F>::steps * 4;
-  load_config(c);
-}
-
-template <class F, int C, int A, int B>
-QPASS_INLINE void product() {
-  if constexpr (F::a16) dot_bf16<C, A, B>();
-  else if constexpr (Tile<F>::centered) dot_s8s8<C, A, B>();
-  else dot_s8u8<C, A, B>();
-}
 
 // A zero is a near part, which a code's signed byte can lack, and a far one, a multiple of 128 that only hostile or
 // odd weights have.
@@ -98,6 +63,7 @@ struct Folding {
   float* total;
   int height = 0;
   bool closes, far;
+  __mmask16 begun;  // lanes of totals that hold something: none before the first group
   F32 scale[kVectors];
   decltype(fold_zeros<F>(nullptr, 0)) zero_point[kVectors];
   decltype(((const Prepared<F>*)nullptr)->sum(0)) x_sums;
@@ -105,7 +71,7 @@ struct Folding {
 
   QPASS_INLINE void begin(const Segment& s, const Prepared<F>& p, int64_t row, int rows, const float* from, float* to) {
     sums = from, total = to, height = rows;
-    closes = F::grouped || s.last;
+    closes = F::grouped || s.last, begun = s.first ? 0 : 0xffff;
     if (!closes) return;
     far = !Tile<F>::centered || _mm512_movepi8_mask(qpass::load(s.zeros)) != 0;
 #pragma GCC unroll 4
@@ -123,9 +89,8 @@ struct Folding {
       Sum<F> sum;
       load_sum(sums + m * kBlock + v * kLanes, sum);
       if constexpr (!F::grouped) {
-        Sum<F> before;
-        load_sum(to, before);
-        sum = add(sum, before);
+        if constexpr (F::a16) sum = add(sum, _mm512_maskz_load_ps(begun, to));
+        else sum = add(sum, _mm512_maskz_load_epi32(begun, to));
         if (!closes) {
           store_sum(to, sum);
           continue;
@@ -134,7 +99,7 @@ struct Folding {
       if constexpr (kIntegerZeros<F>) {
         if (far) sum = add(sum, start<F>(zero_point[v], x_sums, m));
       }
-      const F32 before = F::grouped ? load_f32(to) : F32{};
+      const F32 before = F::grouped ? _mm512_maskz_load_ps(begun, to) : F32{};
       store_f32(to, fold<F>(sum, before, scale[v], zero_point[v], x_sums, x_scales, m));
     }
   }
@@ -182,7 +147,7 @@ QPASS_INLINE void multiply(const uint8_t* w, const uint8_t* x, int chunks, float
   }(std::make_integer_sequence<int, T::products>());
 }
 
-// total[rows][64] += block `weights` times rows [row, row + rows), over segments [begin, end). Rows behind the last are
+// total[rows][64] (+)= block `weights` times rows [row, row + rows), over segments [begin, end). Rows behind the last are
 // multiplied too, up to a whole tile: the activations have them.
 template <class F>
 void multiply_span(const uint8_t* weights, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows, int64_t begin,
@@ -236,15 +201,26 @@ void multiply_span(const uint8_t* weights, int64_t k, const Prepared<F>& p, int6
 }
 
 // The same over all of K, span after span, for `blocks` blocks in turn: they find the span's activations in the L2 cache.
-// total [blocks][total_rows][64] starts at zero.
+// total: [blocks][total_rows][64].
 template <class F>
 void multiply_blocks(const uint8_t* weights, int64_t blocks, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows,
                      float* total, int64_t total_rows, uint8_t* panel) {
   const int64_t spans = rows <= kFew ? 1 : ceil_div(p.segments, kSpanSegments<F>), length = ceil_div(p.segments, spans);
   for (int64_t begin = 0; begin < p.segments; begin += length) {
     const int64_t end = begin + length < p.segments ? begin + length : p.segments;
-    for (int64_t b = 0; b < blocks; b++)
-      multiply_span<F>(weights + b * F::block_bytes(k), k, p, row, rows, begin, end, total + b * total_rows * kBlock, panel);
+    for (int64_t b = 0; b < blocks; b++) {
+      const uint8_t* block = weights + b * F::block_bytes(k);
+      float* totals = total + b * total_rows * kBlock;
+      if constexpr (kAccumulates<F>) {
+        const bool last = b + 1 == blocks, done = end == p.segments;
+        const uint8_t* next = last && !done ? weights : block + F::block_bytes(k);
+        Accumulator<F>::span(block, k, p, row, rows, begin, end, totals,
+                             segment_of<F>(next, k, p.segments, !last ? begin : done ? 0 : end).codes);
+        if (done) Accumulator<F>::finish(block, k, p, row, rows, totals);
+      } else {
+        multiply_span<F>(block, k, p, row, rows, begin, end, totals, panel);
+      }
+    }
   }
 }
 

@@ -31,8 +31,16 @@ struct Kernel {
 
 #ifdef QPASS_AMX
   static bool tiles(const QpassCall& c) { return amx::takes(c, F::a16); }
+  static bool multiply_tiles(const QpassCall& c, const uint8_t* weights, int64_t blocks, const Prepared<F>& p, int64_t row,
+                             int64_t rows, float* totals, uint8_t* panel) {
+    if (tiles(c)) amx::multiply_blocks<F>(weights, blocks, c.k, p, row, rows, totals, total_rows(c), panel);
+    return tiles(c);
+  }
 #else
   static bool tiles(const QpassCall&) { return false; }
+  static bool multiply_tiles(const QpassCall&, const uint8_t*, int64_t, const Prepared<F>&, int64_t, int64_t, float*, uint8_t*) {
+    return false;
+  }
 #endif
 
   // Rows are split where their totals outgrow the cache, or where there are too few blocks to keep all threads busy.
@@ -68,13 +76,11 @@ struct Kernel {
       const int64_t rows = min_of(c.rows_per_task, c.m - row), blocks = min_of(c.blocks_per_task, output_blocks(c) - first);
       const int64_t t_row = row * terms(c), t_rows = rows * terms(c);
       const uint8_t* weights = c.packed + first * halves * block_bytes;
-      memset(totals, 0, blocks * halves * height * kBlock * sizeof(float));
-#ifdef QPASS_AMX
-      if (tiles(c)) amx::multiply_blocks<F>(weights, blocks * halves, c.k, p, t_row, t_rows, totals, height, panel);
-      else
-#endif
+      if (!multiply_tiles(c, weights, blocks * halves, p, t_row, t_rows, totals, panel)) {
+        memset(totals, 0, blocks * halves * height * kBlock * sizeof(float));
         for (int64_t b = 0; b < blocks * halves; b++)
           multiply_block<F>(weights + b * block_bytes, c.k, p, t_row, t_rows, totals + b * height * kBlock, panel, c.tuning);
+      }
       for (int64_t b = 0; b < blocks; b++) {
         const float* total = totals + b * halves * height * kBlock;
         store_block<F>(c, p, first + b, row, rows, total, total + height * kBlock);

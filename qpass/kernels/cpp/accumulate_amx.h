@@ -1,0 +1,129 @@
+// Without groups nothing happens between the first input and the last: sums stay integers, which tiles fetch and leave.
+#pragma once
+#include "tile_amx.h"
+
+namespace qpass::amx {
+
+// Whether a format is walked so: its codes are operands as they lie.
+template <class F>
+constexpr bool kAccumulates = !F::grouped && !F::unpacks;
+
+// What the memory is asked for while products run: the lines of a region, page after page and back. In each page the
+// hardware's prefetcher then runs ahead; line after line, all would wait in the few line fill buffers, which the
+// activations need too.
+struct Asking {
+  static constexpr int64_t kPage = 4096;
+  const uint8_t *at, *end;
+  int64_t back;
+  int lines;  // a product
+
+  Asking(const uint8_t* from, int64_t bytes, int64_t products)
+      : at(from), end(from + round_up(bytes, kPage)), back(end - from - kRow), lines(int(ceil_div(bytes, kRow * products))) {}
+  QPASS_INLINE void some() {
+    for (int i = 0; i < lines; i++) {
+      prefetch(at);
+      at += kPage;
+      if (at >= end) at -= back;
+    }
+  }
+};
+
+// Codes that are operands, without groups: integer sums wait where the totals will be, and tiles fetch and leave them.
+template <class F>
+struct Accumulator {
+  static constexpr int64_t kPitch = F::segment * F::element, kBelow = kTileRows * kBlock, kBytes = kBlock * 4;
+  static constexpr int kTurn = 2;  // segments whose codes (32 KB) stay in L1 for all rows
+
+  // 32 rows x 32 outputs: four loads for four products. `sums` begin at zero for the first segments.
+  static QPASS_INLINE void fetch_square(const float* sums, bool first) {
+    if (first) return zero<0>(), zero<1>(), zero<2>(), zero<3>();
+    load<0>(sums, kBytes), load<1>(sums + kLanes, kBytes);
+    load<2>(sums + kBelow, kBytes), load<3>(sums + kBelow + kLanes, kBytes);
+  }
+  static QPASS_INLINE void square(const uint8_t* w, const uint8_t* x, int chunks, Asking& asking) {
+    for (int c = 0; c < chunks; c++, w += F::panel_chunk_bytes, x += F::chunk) {
+      load<4>(x, kPitch), load<6>(w, kRow);
+      product<F, 0, 4, 6>(), asking.some();
+      load<7>(w + F::steps * kRow, kRow);
+      product<F, 1, 4, 7>(), asking.some();
+      load<5>(x + kTileRows * kPitch, kPitch);
+      product<F, 2, 5, 6>(), asking.some();
+      product<F, 3, 5, 7>(), asking.some();
+    }
+  }
+  static QPASS_INLINE void leave_square(float* sums) {
+    store<0>(sums, kBytes), store<1>(sums + kLanes, kBytes);
+    store<2>(sums + kBelow, kBytes), store<3>(sums + kBelow + kLanes, kBytes);
+  }
+  // 16 rows x 64 outputs: the last rows, or all.
+  static QPASS_INLINE void fetch_row(const float* sums, bool first) {
+    if (first) return zero<0>(), zero<1>(), zero<2>(), zero<3>();
+    load<0>(sums, kBytes), load<1>(sums + kLanes, kBytes), load<2>(sums + 2 * kLanes, kBytes), load<3>(sums + 3 * kLanes, kBytes);
+  }
+  static QPASS_INLINE void row(const uint8_t* w, const uint8_t* x, int chunks, Asking& asking) {
+    for (int c = 0; c < chunks; c++, w += F::panel_chunk_bytes, x += F::chunk) {
+      load<4>(x, kPitch), load<5>(w, kRow);
+      product<F, 0, 4, 5>(), asking.some();
+      load<6>(w + F::steps * kRow, kRow);
+      product<F, 1, 4, 6>(), asking.some();
+      load<7>(w + 2 * F::steps * kRow, kRow);
+      product<F, 2, 4, 7>(), asking.some();
+      load<5>(w + 3 * F::steps * kRow, kRow);
+      product<F, 3, 4, 5>(), asking.some();
+    }
+  }
+  static QPASS_INLINE void leave_row(float* sums) {
+    store<0>(sums, kBytes), store<1>(sums + kLanes, kBytes), store<2>(sums + 2 * kLanes, kBytes), store<3>(sums + 3 * kLanes, kBytes);
+  }
+
+  // sums[rows][64] (+)= block `weights` times rows [row, row + rows), over segments [begin, end). `next`: the codes that
+  // are read after the span's.
+  static void span(const uint8_t* weights, int64_t k, const Prepared<F>& p, int64_t row_, int64_t rows, int64_t begin,
+                   int64_t end, float* sums, const uint8_t* next) {
+    constexpr int64_t kSegmentBytes = F::segment_chunks * F::chunk_bytes;
+    auto segment = [&](int64_t i) { return segment_of<F>(weights, k, p.segments, i); };
+    for (int64_t i = begin; i < end; i += kTurn) {
+      const int64_t last = min_of(i + kTurn, end), bytes = (last - i) * kSegmentBytes;
+      const uint8_t* codes = segment(i).codes;
+      Asking asking(rows > kFew ? next + (i - begin) * kSegmentBytes : codes + bytes, bytes, ceil_div(rows, kTileRows) * (bytes / kTileBytes));
+      auto over = [&](auto&& multiply, int64_t at, int half) __attribute__((always_inline)) {
+        for (int64_t j = i; j < last; j++)
+          multiply(codes + (j - i) * kSegmentBytes + half * 2 * F::steps * kRow, p.element(j, row_ + at), segment(j).chunks, asking);
+      };
+      int64_t at = 0;
+      for (; rows - at > kTileRows; at += 2 * kTileRows)
+        for (int half = 0; half < 2; half++) {
+          float* part = sums + at * kBlock + half * 2 * kLanes;
+          fetch_square(part, i == 0);
+          over(square, at, half);
+          leave_square(part);
+        }
+      if (at >= rows) continue;
+      fetch_row(sums + at * kBlock, i == 0);
+      over(row, at, 0);
+      leave_row(sums + at * kBlock);
+    }
+  }
+  static constexpr int64_t kTileBytes = kTileRows * kRow;
+
+  // The sums of all of K into totals.
+  static void finish(const uint8_t* weights, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows, float* totals) {
+    const Segment s = segment_of<F>(weights, k, p.segments, p.segments - 1);
+    F32 scale[kVectors];
+    decltype(fold_zeros<F>(nullptr, 0)) zero_point[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) scale[v] = load_scales<F>(s.scales, v), zero_point[v] = fold_zeros<F>(s.zeros, v);
+    const auto* x_sums = p.sum(0) + row;
+    for (int64_t m = 0; m < rows; m++, totals += kBlock)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) {
+        float* to = totals + v * kLanes;
+        I32 sum;
+        load_sum(to, sum);
+        if constexpr (kIntegerZeros<F>) sum = add(sum, start<F>(zero_point[v], x_sums, int(m)));
+        store_f32(to, fold<F>(sum, F32{}, scale[v], zero_point[v], x_sums, nullptr, int(m)));
+      }
+  }
+};
+
+}  // namespace qpass::amx
