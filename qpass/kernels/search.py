@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -17,12 +18,12 @@ from qpass.kernels.format import KernelFormat
 from qpass.kernels.plan import NEVER, Path, Tuning, linear_limit
 
 BUDGET_S = 1.0
-LEAVES_CACHE = 64 << 20
-"""Copies of the weight that are walked through: a decode step finds none of its weights in a cache."""
+MOST_COPIES_BYTES = 256 << 20
+"""Of copies of the weight, which are walked through so that a call finds none of it in a cache: twice the last one, or this."""
 PANEL_CANDIDATES = (8, 16, 32, 64, 128)
 TILE_CANDIDATES = (1, 2, 4, 8, 16)
 WINS = 0.97
-"""A path replaces a simpler one only if it is faster by more than timing noise."""
+"""A path replaces the one that the performance model chose only if it is faster by more than timing noise."""
 
 ALWAYS: dict[Path, Tuning] = {
     "linear": Tuning(NEVER, NEVER, NEVER),
@@ -39,24 +40,27 @@ def search(packed: Tensor, n: int, k: int, format: KernelFormat, cpu: Cpu) -> Tu
     The answer changes no result, only its speed. A cache that can't be written costs a search in the next process.
     """
     load.ensure(format, cpu=cpu)
-    copies = [packed, *(packed.clone() for _ in range(min(63, LEAVES_CACHE // packed.numel())))]
+    apart = min(2 * cpu.l3_bytes, MOST_COPIES_BYTES)
+    copies = itertools.cycle([packed, *(packed.clone() for _ in range(min(63, apart // packed.numel())))])
     deadline = time.perf_counter() + BUDGET_S
     kernel = torch.ops.qpass.packed_linear.default
     scale = 1.0 if format.rule == "a8-static" else None
 
-    def seconds(path: Path, m: int) -> float:
-        load.retune(format, ALWAYS[path], cpu)
+    def wins(path: Path, other: Path, m: int) -> bool:
+        """Whether ``path`` beats ``other`` for M rows, in turns."""
         x = torch.ones(m, k, dtype=torch.bfloat16)
-        times = []
-        for i in range(6 if m < 32 else 3):
-            started = time.perf_counter()
-            kernel(x, copies[i % len(copies)], None, None, None, n, k, format.number, 0, False, x_scale=scale)
-            times.append(time.perf_counter() - started)
-        return statistics.median(times)
+        times: dict[Path, list[float]] = {other: [], path: []}
+        for _ in range(9 if m < 32 else 3):
+            for each, taken in times.items():
+                load.retune(format, ALWAYS[each], cpu)
+                started = time.perf_counter()
+                kernel(x, next(copies), None, None, None, n, k, format.number, 0, False, x_scale=scale)
+                taken.append(time.perf_counter() - started)
+        return statistics.median(times[path]) < WINS * statistics.median(times[other])
 
     found = load.tuning_of(format)
     try:
-        found = _thresholds(format, cpu, found, seconds, lambda: time.perf_counter() < deadline)
+        found = _thresholds(format, cpu, found, wins, lambda: time.perf_counter() < deadline)
     finally:
         load.retune(format, found, cpu)
     with contextlib.suppress(KernelError):
@@ -65,26 +69,29 @@ def search(packed: Tensor, n: int, k: int, format: KernelFormat, cpu: Cpu) -> Tu
 
 
 def _thresholds(
-    format: KernelFormat, cpu: Cpu, model: Tuning, seconds: Callable[[Path, int], float], in_time: Callable[[], bool]
+    format: KernelFormat, cpu: Cpu, model: Tuning, wins: Callable[[Path, Path, int], bool], in_time: Callable[[], bool]
 ) -> Tuning:
     """Each threshold where the next path begins to win; the model's own where time ran out."""
+
+    def chosen(path: Path, other: Path, m: int, *, modelled: bool) -> bool:
+        """Whether ``path`` is to be taken for M rows rather than ``other``, of which the model chose one."""
+        if not in_time():
+            return modelled
+        return not wins(other, path, m) if modelled else wins(path, other, m)
+
     linear, panel, tiles = model
     if cpu.tier == "amx" and format.rule == "a16":
         return model  # one path
-    if in_time():
-        rows = range(1, linear_limit(format, cpu.tier) + 1)
-        losing = (m for m in rows if in_time() and _wins(seconds, "stream", "linear", m))
-        linear = next(losing, len(rows) + 1) - 1
-    if format.unpacks and in_time():
-        panel = next((m for m in PANEL_CANDIDATES if in_time() and _wins(seconds, "panel", "stream", m)), NEVER)
+    rows = range(1, linear_limit(format, cpu.tier) + 1)
+    ends = (m for m in rows if not chosen("linear", "stream", m, modelled=m <= linear))
+    linear = next(ends, len(rows) + 1) - 1
+    if format.unpacks:
+        begins = (m for m in PANEL_CANDIDATES if chosen("panel", "stream", m, modelled=m >= panel))
+        panel = next(begins, max(panel, PANEL_CANDIDATES[-1] + 1))
     if cpu.tier == "amx":
         vector = Tuning(linear, panel, NEVER)
-        winning = (
-            m for m in TILE_CANDIDATES if in_time() and _wins(seconds, "tiles", vector.path(format, cpu.tier, m), m)
+        begins = (
+            m for m in TILE_CANDIDATES if chosen("tiles", vector.path(format, cpu.tier, m), m, modelled=m >= tiles)
         )
-        tiles = next(winning, NEVER)
+        tiles = next(begins, max(tiles, TILE_CANDIDATES[-1] + 1))
     return Tuning(linear, panel, tiles)
-
-
-def _wins(seconds: Callable[[Path, int], float], path: Path, other: Path, m: int) -> bool:
-    return seconds(path, m) < WINS * seconds(other, m)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from qpass.cpu import detect
 from qpass.kernels import load, plan, tuning
 from qpass.kernels.format import KernelFormat
 from qpass.kernels.plan import NEVER, Tuning
-from qpass.kernels.search import search
+from qpass.kernels.search import _thresholds, search
 
 pytestmark = pytest.mark.skipif(not SERVES, reason="needs a tier that the kernels serve")
 
@@ -44,6 +45,20 @@ def test_the_path_is_not_in_the_bits(format: KernelFormat) -> None:
             results.append(run(x, weight, packed=packed))
         assert all(torch.equal(results[0], other) for other in results[1:]), m
     load.retune(format, before)
+
+
+@pytest.mark.parametrize("model", [Tuning(0, NEVER, 2), Tuning(2, 16, 8), Tuning(1, 13, NEVER)])
+def test_the_model_is_kept_unless_another_path_wins(model: Tuning) -> None:
+    format, cpu = FORMATS[1], replace(detect(), cap=None)
+    never, late = (lambda path, other, m: False), (lambda: False)
+    kept = _thresholds(format, cpu, model, never, lambda: True)
+    paths = [(kept.path(format, "amx", m), model.path(format, "amx", m)) for m in (1, 2, 4, 8, 16, 32, 64, 128)]
+    if cpu.tier == "amx":
+        assert all(ours == theirs for ours, theirs in paths)
+    assert kept.linear_rows == min(model.linear_rows, 2)
+    always = _thresholds(format, cpu, model, lambda path, other, m: path == "stream", lambda: True)
+    assert always.linear_rows == 0 and always.panel_rows > 128
+    assert _thresholds(format, cpu, model, lambda *_: pytest.fail("no time is left"), late).linear_rows == kept.linear_rows
 
 
 def test_a_search_is_remembered() -> None:
