@@ -72,7 +72,7 @@ def grid(names: tuple[str, ...], tokens: tuple[int, ...], rounds: int) -> list[R
             reads = []
             for case in cases.values():
                 case.call(x, 0)
-            for turn in range(rounds if m < 512 else 2):
+            for turn in range(rounds if m < 512 else 3):
                 reads.append(measure(cpu).read_bytes)
                 best = min((min(t) for t in times.values() if t), default=0.0)
                 for name, case in cases.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,16 +48,16 @@ def test_the_path_is_not_in_the_bits(format: KernelFormat) -> None:
 
 @pytest.mark.parametrize("model", [Tuning(0, NEVER, 2), Tuning(2, 16, 8), Tuning(1, 13, NEVER)])
 def test_the_model_is_kept_unless_another_path_wins(model: Tuning) -> None:
-    format, cpu = FORMATS[1], replace(detect(), cap=None)
-    never, late = (lambda path, other, m: False), (lambda: False)
-    kept = _thresholds(format, cpu, model, never, lambda: True)
-    paths = [(kept.path(format, "amx", m), model.path(format, "amx", m)) for m in (1, 2, 4, 8, 16, 32, 64, 128)]
-    if cpu.tier == "amx":
-        assert all(ours == theirs for ours, theirs in paths)
-    assert kept.linear_rows == min(model.linear_rows, 2)
-    always = _thresholds(format, cpu, model, lambda path, other, m: path == "stream", lambda: True)
-    assert always.linear_rows == 0 and always.panel_rows > 128
-    assert _thresholds(format, cpu, model, lambda *_: pytest.fail("no time is left"), late).linear_rows == kept.linear_rows
+    format, cpu, sizes = FORMATS[1], detect(), (1, 2, 4, 8, 16, 32, 64, 128)
+
+    def paths(tuning: Tuning) -> list[plan.Path]:
+        return [tuning.path(format, cpu.tier, m) for m in sizes]
+
+    assert paths(_thresholds(format, cpu, model, lambda path, other, m: False, lambda: True)) == paths(model)
+    assert paths(_thresholds(format, cpu, model, lambda *_: pytest.fail("out of time"), lambda: False)) == paths(model)
+    streaming = _thresholds(format, cpu, model, lambda path, other, m: path == "stream", lambda: True)
+    assert "linear" not in paths(streaming)
+    assert "panel" not in paths(streaming)
 
 
 def test_a_search_is_remembered() -> None:
