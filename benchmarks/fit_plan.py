@@ -20,7 +20,7 @@ from typing import cast
 from qpass.cpu import Cpu, Rates, Tier
 from qpass.kernels import plan
 from qpass.kernels.plan import Shape
-from qpass.measure.linear import format_of
+from qpass.measure.linear import format_of, newest
 from qpass.measure.record import Record, read
 from qpass.scheme import Scheme
 
@@ -80,7 +80,7 @@ def fit(records: list[Record], name: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path, nargs="+")
-    records = [r for file in parser.parse_args().records for r in read(file)]
+    records = [r for file in parser.parse_args().records for r in newest(read(file))]
     records = [r for r in records if "path" in r.settings and r.p90 < SPREAD * r.p10]
     name = "XEON_AMX" if records[0].machine.tier == "amx" else "ZEN4"
     print(f"{len(records)} records, mean error {loss(records):.3f} before, {fit(records, name):.3f} after")

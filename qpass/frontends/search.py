@@ -135,9 +135,13 @@ def search(
                 for scheme in schemes
             ]
     path = list(_path(table, asked.kind))
+    full = sum(_cost(shared, Scheme.parse("w16a16"), cpu)[0] for shared in inputs.values())
     with progress.waiting("choosing"):
-        chosen, together = (_within_bytes if asked.kind == "bytes" else _within_ppl)(asked, path, table, measure)
-    return _recipe(chosen, together, table, budget, seed)
+        if asked.kind == "bytes":
+            chosen, together = _within_bytes(asked, path, full, measure)
+        else:
+            chosen, together = _within_ppl(asked, path, measure)
+    return _recipe(chosen, together, table, full, budget, seed)
 
 
 def _batches(model: nn.Module, batches: Any, tokenizer: Any, length: int, samples: int, seed: int) -> list[Any]:
@@ -240,8 +244,7 @@ def _schemes(state: State) -> dict[str, Scheme]:
 Measure = Callable[[dict[str, Scheme]], float]
 
 
-def _within_bytes(budget: Budget, path: list[State], table: Table, measure: Measure) -> tuple[State, float]:
-    full = sum(max(option.bytes for option in options) for options in table.values())
+def _within_bytes(budget: Budget, path: list[State], full: int, measure: Measure) -> tuple[State, float]:
     for state in path:
         if sum(option.bytes for option in state.values()) <= budget.share * full:
             return state, measure(_schemes(state))
@@ -249,7 +252,7 @@ def _within_bytes(budget: Budget, path: list[State], table: Table, measure: Meas
     raise OptionError(f"no choice takes bytes<={budget.share:.1%}: the least that the candidates allow is {least:.1%}")
 
 
-def _within_ppl(budget: Budget, path: list[State], table: Table, measure: Measure) -> tuple[State, float]:
+def _within_ppl(budget: Budget, path: list[State], measure: Measure) -> tuple[State, float]:
     """The furthest state of the path whose measured KL stays within; KL rises along the path but for noise."""
     most = math.log1p(budget.share)
     first = measure(_schemes(path[0]))
@@ -269,7 +272,7 @@ def _within_ppl(budget: Budget, path: list[State], table: Table, measure: Measur
     return path[low], measure(_schemes(path[low]))
 
 
-def _recipe(chosen: State, together: float, table: Table, budget: str, seed: int) -> Recipe:
+def _recipe(chosen: State, together: float, table: Table, full: int, budget: str, seed: int) -> Recipe:
     choices = []
     for names, option in chosen.items():
         cheaper = [o for o in table[names] if o.bytes < option.bytes]
@@ -281,7 +284,6 @@ def _recipe(chosen: State, together: float, table: Table, budget: str, seed: int
                 f", {times:.1f} times" if times < math.inf else ""
             )
         choices.append(Choice(names, option.scheme.name, option.bytes, 1e6 * option.seconds, option.kl, reason))
-    full = sum(max(o.bytes for o in options) for options in table.values())
     size = sum(c.bytes for c in choices)
     summary = {
         "budget": budget,

@@ -66,7 +66,7 @@ class Core:
 
 ZEN4 = Core(12.0, 7.0, 0.79, 0.82, 0.72, 5.0, 9e-6, 6.0)
 XEON_AMX = Core(
-    2.8, 14.1, 0.68, 0.79, 0.84, 1.1, 1.6e-5, 1.17, tile_efficiency=0.42, tile_fold_ops=8.9, tile_unpack=0.8
+    0.38, 12.7, 0.68, 0.84, 0.90, 3.0, 1.8e-5, 1.08, tile_efficiency=0.42, tile_fold_ops=9.4, tile_unpack=0.72
 )
 
 
@@ -182,7 +182,8 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
     operands = n * k / macs_of_dot  # of 64 bytes
     dots = operands * shape.m
     spans = tier not in ("avx2", "avx_vnni") and (path == "panel" or (path == "stream" and passes > 1))
-    segment = format.group or (SPAN if spans else SEGMENT)[kind]
+    accumulates = path == "tiles" and format.group is None and not format.unpacks  # cpp/accumulate_amx.h
+    segment = k if accumulates else format.group or (SPAN if spans else SEGMENT)[kind]
     folds = shape.m * n / LANES * -(-k // segment) / rates.vector_ops
     unpacking = operands * UNPACK_OPS[format.bits, kind]
     if path == "tiles":

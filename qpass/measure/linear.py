@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,11 @@ import qpass.ops  # noqa: F401  registers torch.ops.qpass
 from qpass.kernels import load
 from qpass.kernels.format import KernelFormat
 from qpass.kernels.pack import pack
+from qpass.measure.record import Record
 from qpass.scheme import Scheme
 
 COPIES_BYTES = 200 << 20
-"""A candidate walks through copies of its weight that leave every last-level cache behind."""
+"""A candidate walks through this much of copies of its weight: more than most machines' last-level caches hold."""
 
 PEERS = ("bf16", "bf16-onednn", "int8-onednn", "int4pack-g128", "int8pack")
 """``F.linear``; oneDNN's prepacked bf16, which Inductor's freezing uses; ``torch._int_mm``; ATen's weight-only kernels."""
@@ -104,3 +105,14 @@ def interleaved(candidates: dict[str, Candidate], x: Tensor, rounds: int, budget
             if sum(times[name]) * min(each.copies, 60) < budget_s or not times[name]:
                 times[name].append(each.seconds(x))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def newest(records: Iterable[Record]) -> list[Record]:
+    """Of records of linear layers, the last of each machine, name, shape and M, and of each path where paths were timed."""
+    found: dict[tuple, Record] = {}
+    for record in records:
+        s = record.settings
+        if record.what in ("linear", "linear-path"):
+            path = s.get("path") if record.what == "linear-path" else None
+            found[record.what, record.machine.cpu, s["name"], s["n"], s["k"], s["m"], path] = record
+    return list(found.values())

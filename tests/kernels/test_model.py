@@ -12,7 +12,7 @@ import pytest
 
 from qpass.cpu import Cpu, Rates
 from qpass.kernels.plan import Plan, Shape, predict
-from qpass.measure.linear import format_of
+from qpass.measure.linear import format_of, newest
 from qpass.measure.record import Record, read
 from qpass.scheme import Scheme
 
@@ -29,7 +29,7 @@ KNOWN = {
 
 def recorded(what: str) -> Iterator[tuple[Record, Plan]]:
     for file in sorted(RESULTS.glob("*.jsonl")):
-        for record in read(file):
+        for record in newest(read(file)):
             s = record.settings
             if record.what != what or "path" not in s or record.machine.tier not in KNOWN:
                 continue
