@@ -22,7 +22,7 @@ from qpass.kernels.plan import Path as Path_
 from qpass.kernels.plan import paths
 from qpass.kernels.rates import measure, measured_cpu
 from qpass.kernels.search import ALWAYS
-from qpass.measure.linear import COPIES_BYTES, PEERS, Candidate, candidate, format_of
+from qpass.measure.linear import COPIES_BYTES, PEERS, Candidate, candidate, format_of, newest
 from qpass.measure.pictures import draw_roofline
 from qpass.measure.record import Record, append, read
 from qpass.measure.report_data import linear_shares
@@ -143,7 +143,7 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 3 * len(args.m) + 1  # Inductor's candidate is compiled for each M and shape
     with torch.no_grad():
         if args.source:
-            records = [record for record in read(args.source) if record.what == "linear"]
+            records = [record for record in newest(read(args.source)) if record.what == "linear"]
         elif args.paths:
             ours = tuple(name for name in args.names if name in SCHEMES)
             records = each_path(ours, tuple(m for m in args.m if m <= 512))

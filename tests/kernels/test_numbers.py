@@ -181,6 +181,27 @@ def test_rows_are_split_when_there_are_many(format: KernelFormat) -> None:
 
 
 @pytest.mark.parametrize(
+    "format",
+    [
+        KernelFormat(8, None, "a8-token", 4),
+        KernelFormat(4, None, "a8-static", 4),
+        KernelFormat(4, 128, "a8-token-group", 2),
+        KernelFormat(4, 128, "a16", 2),
+    ],
+    ids=name_of,
+)
+@pytest.mark.parametrize("m", [1000, 1041])
+def test_blocks_that_share_large_activations(format: KernelFormat, m: int) -> None:
+    """Megabytes of activations, rows and segments of K that fill no tile, no task and no span."""
+    use(format)
+    weight = Weight.random(1100, 2200, format)
+    x = torch.randn(m, 2200).to(torch.bfloat16)
+    y = run_static(x, weight)
+    for row in (0, 499, m // 2, m - 1):
+        assert torch.equal(y[row : row + 1], run_static(x[row : row + 1], weight)), row
+
+
+@pytest.mark.parametrize(
     "format", [KernelFormat(4, 64, "a16", 4), KernelFormat(8, 64, "a8-token-group", 4)], ids=name_of
 )
 def test_fp32_scales_of_groups(format: KernelFormat) -> None:
