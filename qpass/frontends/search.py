@@ -33,6 +33,9 @@ CANDIDATES = ("w16a16", "w8a8-dynamic", "w8a16", "w4a16-g32", "w4a16-g64", "w4a1
 _FORMAT = "qpass measurements 1"
 _BUDGET = re.compile(r"\s*(ppl|bytes)\s*<=\s*(\d+(?:\.\d+)?)\s*%\s*")
 _ROUNDS = 8  # of bisection on what all choices together cost
+_UNITS = (
+    1 << 15
+)  # in which bytes above the least are counted: what is lost by rounding up is below half a percent of them
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,6 @@ class Option:
     seconds: float
     kl: float
 
-    def cost(self, kind: str) -> float:
-        return self.bytes if kind == "bytes" else self.seconds
-
 
 def search(
     model: nn.Module,
@@ -80,9 +80,9 @@ def search(
     """The fastest recipe within ``ppl<=..%``, or the best within ``bytes<=..%`` of the linears' 16-bit bytes.
 
     Each input's linears are simulated in each candidate scheme alone, and the KL of the model's output is measured (in
-    nats a token, which is about the growth of log perplexity). Choices then follow the convex hull of cost against KL, which
-    for a sum of separate choices is the knapsack's answer to within one step; what all of them cost together is measured too,
-    and bisected upon for ``ppl``.
+    nats a token, which is about the growth of log perplexity). For ``bytes`` the choices with the least sum that fits are found
+    by dynamic programming. For ``ppl`` they follow the convex hull of time against KL, which for a sum of separate choices is
+    the knapsack's answer to within one step; what all of them cost together is measured, and bisected upon.
 
     batches   as for ``qpass.calibrate``; a few hundred tokens are enough, each is run candidates x inputs times
     stats     what ``qpass.calibrate`` saw: int8 activations are then smoothed
@@ -134,13 +134,12 @@ def search(
                 )
                 for scheme in schemes
             ]
-    path = list(_path(table, asked.kind))
     full = sum(_cost(shared, Scheme.parse("w16a16"), cpu)[0] for shared in inputs.values())
     with progress.waiting("choosing"):
         if asked.kind == "bytes":
-            chosen, together = _within_bytes(asked, path, full, measure)
+            chosen, together = _within_bytes(asked, table, full, measure)
         else:
-            chosen, together = _within_ppl(asked, path, measure)
+            chosen, together = _within_ppl(asked, list(_path(table)), measure)
     return _recipe(chosen, together, table, full, budget, seed)
 
 
@@ -205,36 +204,35 @@ Table = dict[tuple[str, ...], list[Option]]
 State = dict[tuple[str, ...], Option]
 
 
-def _path(table: Table, kind: str) -> Iterable[State]:
+def _path(table: Table) -> Iterable[State]:
     """From the best quality to the least cost, one input's step at a time: always the one that saves most per KL."""
     state: State = {}
     steps: list[tuple[float, tuple[str, ...], int, Option]] = []
     for names, options in table.items():
-        hull = _hull(options, kind)
+        hull = _hull(options)
         state[names] = hull[0]
         for index, (a, b) in enumerate(pairwise(hull)):
-            price = (b.kl - a.kl) / (a.cost(kind) - b.cost(kind))
-            steps.append((price, names, index, b))
+            steps.append((_price(a, b), names, index, b))
     yield dict(state)
     for _, names, _, option in sorted(steps, key=lambda step: (step[0], step[1], step[2])):
         state[names] = option
         yield dict(state)
 
 
-def _hull(options: list[Option], kind: str) -> list[Option]:
-    """Those that no mix of others beats, by falling cost and rising KL."""
+def _hull(options: list[Option]) -> list[Option]:
+    """Those that no mix of others beats, by falling time and rising KL."""
     hull: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.kl, o.cost(kind), o.scheme.name)):
-        if hull and option.cost(kind) >= hull[-1].cost(kind):
+    for option in sorted(options, key=lambda o: (o.kl, o.seconds, o.scheme.name)):
+        if hull and option.seconds >= hull[-1].seconds:
             continue
-        while len(hull) > 1 and _price(hull[-1], option, kind) <= _price(hull[-2], hull[-1], kind):
+        while len(hull) > 1 and _price(hull[-1], option) <= _price(hull[-2], hull[-1]):
             hull.pop()
         hull.append(option)
     return hull
 
 
-def _price(a: Option, b: Option, kind: str) -> float:
-    return (b.kl - a.kl) / (a.cost(kind) - b.cost(kind))
+def _price(a: Option, b: Option) -> float:
+    return (b.kl - a.kl) / (a.seconds - b.seconds)
 
 
 def _schemes(state: State) -> dict[str, Scheme]:
@@ -244,12 +242,32 @@ def _schemes(state: State) -> dict[str, Scheme]:
 Measure = Callable[[dict[str, Scheme]], float]
 
 
-def _within_bytes(budget: Budget, path: list[State], full: int, measure: Measure) -> tuple[State, float]:
-    for state in path:
-        if sum(option.bytes for option in state.values()) <= budget.share * full:
-            return state, measure(_schemes(state))
-    least = sum(option.bytes for option in path[-1].values()) / full
-    raise OptionError(f"no choice takes bytes<={budget.share:.1%}: the least that the candidates allow is {least:.1%}")
+def _within_bytes(budget: Budget, table: Table, full: int, measure: Measure) -> tuple[State, float]:
+    """The least sum of KL that fits: a knapsack with one choice an input, solved exactly but for bytes that are counted in units."""
+    limit = int(budget.share * full)
+    least = sum(min(option.bytes for option in options) for options in table.values())
+    if least > limit:
+        raise OptionError(
+            f"no choice takes bytes<={budget.share:.1%}: the least that the candidates allow is {least / full:.1%}"
+        )
+    unit = max(1, (limit - least) // _UNITS)  # of what the least choice leaves
+    room = (limit - least) // unit
+    best, taken = torch.zeros(room + 1, dtype=torch.float64), []
+    for options in table.values():
+        base = min(option.bytes for option in options)
+        sums = torch.full((len(options), room + 1), math.inf, dtype=torch.float64)
+        for row, option in zip(sums, options, strict=True):
+            more = -(-(option.bytes - base) // unit)
+            if more <= room:
+                row[more:] = best[: room + 1 - more] + option.kl
+        best, choice = sums.min(dim=0)
+        taken.append((base, choice))
+    state: State = {}
+    for (names, options), (base, choice) in reversed(list(zip(table.items(), taken, strict=True))):
+        option = options[int(choice[room])]
+        state[names], room = option, room - -(-(option.bytes - base) // unit)
+    state = {names: state[names] for names in table}
+    return state, measure(_schemes(state))
 
 
 def _within_ppl(budget: Budget, path: list[State], measure: Measure) -> tuple[State, float]:

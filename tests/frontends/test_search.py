@@ -1,5 +1,6 @@
 """search: measured sensitivities, a choice within the budget, the same one twice, resumable, readable."""
 
+import itertools
 import json
 import math
 
@@ -11,7 +12,7 @@ import qpass
 from qpass.errors import CheckpointError, OptionError
 from qpass.frontends.options import Options
 from qpass.frontends.recipe import Choice, Recipe
-from qpass.frontends.search import Option, _hull, _path, search
+from qpass.frontends.search import Budget, Option, _hull, _path, _within_bytes, search
 from qpass.frontends.simulate import Simulation, divergence, logits_of
 from qpass.passes import canonicalize, fold_smoothing, merge_siblings, quantize_linears
 from qpass.scheme import Scheme
@@ -170,15 +171,38 @@ def test_what_cannot_be_met_says_what_could(net):
         search(net, [])
 
 
-def test_the_path_is_the_convex_hull():
-    def option(size, kl):
-        return Option(Scheme.parse("w8a16"), size, 1.0, kl)
+def option(cost, kl):
+    return Option(Scheme.parse("w8a16"), cost, float(cost), kl)
 
+
+def test_the_path_is_the_convex_hull():
     dominated, above = option(9, 3.0), option(6, 2.9)
     best, middle, least = option(10, 0.0), option(5, 1.0), option(2, 4.0)
-    assert _hull([dominated, least, best, above, middle], "bytes") == [best, middle, least]
-    states = list(_path({("a",): [best, middle], ("b",): [option(10, 0.0), option(8, 0.1)]}, "bytes"))
-    assert [sum(o.bytes for o in s.values()) for s in states] == [20, 18, 13]
+    assert _hull([dominated, least, best, above, middle]) == [best, middle, least]
+    states = list(_path({("a",): [best, middle], ("b",): [option(10, 0.0), option(8, 0.1)]}))
+    assert [sum(o.seconds for o in s.values()) for s in states] == [20, 18, 13]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bytes_are_spent_on_the_best_choices_that_fit(seed):
+    """Against all combinations: large steps, such as a head's, leave no room unused that others could take."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def options(scale):
+        sizes = (torch.randint(1, 50, (3,), generator=generator) * scale).tolist()
+        return [option(size, float(torch.rand(1, generator=generator))) for size in sizes]
+
+    table = {(str(i),): options(40 if i == 0 else 1) for i in range(6)}
+    for share in (0.2, 0.5, 0.8, 1.0):
+        limit = int(share * 1000)
+        fitting = [c for c in itertools.product(*table.values()) if sum(o.bytes for o in c) <= limit]
+        if not fitting:
+            continue
+        least = min(sum(o.kl for o in combination) for combination in fitting)
+        state, _ = _within_bytes(Budget("bytes", share), table, 1000, lambda schemes: 0.0)
+        assert list(state) == list(table)
+        assert sum(o.bytes for o in state.values()) <= limit
+        assert sum(o.kl for o in state.values()) == pytest.approx(least)
 
 
 def test_names_that_share_an_input_share_a_line():
