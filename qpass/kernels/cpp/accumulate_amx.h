@@ -31,7 +31,7 @@ struct Asking {
 // Codes that are operands, without groups: integer sums wait where the totals will be, and tiles fetch and leave them.
 template <class F>
 struct Accumulator {
-  static constexpr int64_t kPitch = F::segment * F::element, kBelow = kTileRows * kBlock, kBytes = kBlock * 4;
+  static constexpr int64_t kPitch = F::segment * F::element, kBelow = kTileRows * kBlock, kBytes = kBlock * 4, kTileBytes = kTileRows * kRow;
   static constexpr int kTurn = 2;  // segments whose codes (32 KB) stay in L1 for all rows
 
   // 32 rows x 32 outputs: four loads for four products. `sums` begin at zero for the first segments.
@@ -56,11 +56,11 @@ struct Accumulator {
     store<2>(sums + kBelow, kBytes), store<3>(sums + kBelow + kLanes, kBytes);
   }
   // 16 rows x 64 outputs: the last rows, or all.
-  static QPASS_INLINE void fetch_row(const float* sums, bool first) {
+  static QPASS_INLINE void fetch_wide(const float* sums, bool first) {
     if (first) return zero<0>(), zero<1>(), zero<2>(), zero<3>();
     load<0>(sums, kBytes), load<1>(sums + kLanes, kBytes), load<2>(sums + 2 * kLanes, kBytes), load<3>(sums + 3 * kLanes, kBytes);
   }
-  static QPASS_INLINE void row(const uint8_t* w, const uint8_t* x, int chunks, Asking& asking) {
+  static QPASS_INLINE void wide(const uint8_t* w, const uint8_t* x, int chunks, Asking& asking) {
     for (int c = 0; c < chunks; c++, w += F::panel_chunk_bytes, x += F::chunk) {
       load<4>(x, kPitch), load<5>(w, kRow);
       product<F, 0, 4, 5>(), asking.some();
@@ -72,23 +72,24 @@ struct Accumulator {
       product<F, 3, 4, 5>(), asking.some();
     }
   }
-  static QPASS_INLINE void leave_row(float* sums) {
+  static QPASS_INLINE void leave_wide(float* sums) {
     store<0>(sums, kBytes), store<1>(sums + kLanes, kBytes), store<2>(sums + 2 * kLanes, kBytes), store<3>(sums + 3 * kLanes, kBytes);
   }
 
   // sums[rows][64] (+)= block `weights` times rows [row, row + rows), over segments [begin, end). `next`: the codes that
   // are read after the span's.
-  static void span(const uint8_t* weights, int64_t k, const Prepared<F>& p, int64_t row_, int64_t rows, int64_t begin,
+  static void span(const uint8_t* weights, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows, int64_t begin,
                    int64_t end, float* sums, const uint8_t* next) {
     constexpr int64_t kSegmentBytes = F::segment_chunks * F::chunk_bytes;
     auto segment = [&](int64_t i) { return segment_of<F>(weights, k, p.segments, i); };
     for (int64_t i = begin; i < end; i += kTurn) {
       const int64_t last = min_of(i + kTurn, end), bytes = (last - i) * kSegmentBytes;
       const uint8_t* codes = segment(i).codes;
-      Asking asking(rows > kFew ? next + (i - begin) * kSegmentBytes : codes + bytes, bytes, ceil_div(rows, kTileRows) * (bytes / kTileBytes));
+      const uint8_t* ahead = rows > kFew ? next + (i - begin) * kSegmentBytes : codes + bytes;
+      Asking asking(ahead, bytes, ceil_div(rows, kTileRows) * (bytes / kTileBytes));
       auto over = [&](auto&& multiply, int64_t at, int half) __attribute__((always_inline)) {
         for (int64_t j = i; j < last; j++)
-          multiply(codes + (j - i) * kSegmentBytes + half * 2 * F::steps * kRow, p.element(j, row_ + at), segment(j).chunks, asking);
+          multiply(codes + (j - i) * kSegmentBytes + half * 2 * F::steps * kRow, p.element(j, row + at), segment(j).chunks, asking);
       };
       int64_t at = 0;
       for (; rows - at > kTileRows; at += 2 * kTileRows)
@@ -99,12 +100,11 @@ struct Accumulator {
           leave_square(part);
         }
       if (at >= rows) continue;
-      fetch_row(sums + at * kBlock, i == 0);
-      over(row, at, 0);
-      leave_row(sums + at * kBlock);
+      fetch_wide(sums + at * kBlock, i == 0);
+      over(wide, at, 0);
+      leave_wide(sums + at * kBlock);
     }
   }
-  static constexpr int64_t kTileBytes = kTileRows * kRow;
 
   // The sums of all of K into totals.
   static void finish(const uint8_t* weights, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows, float* totals) {
