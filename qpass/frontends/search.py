@@ -33,9 +33,7 @@ CANDIDATES = ("w16a16", "w8a8-dynamic", "w8a16", "w4a16-g32", "w4a16-g64", "w4a1
 _FORMAT = "qpass measurements 1"
 _BUDGET = re.compile(r"\s*(ppl|bytes)\s*<=\s*(\d+(?:\.\d+)?)\s*%\s*")
 _ROUNDS = 8  # of bisection on what all choices together cost
-_UNITS = (
-    1 << 15
-)  # in which bytes above the least are counted: what is lost by rounding up is below half a percent of them
+_UNITS = 1 << 15  # in which the bytes above the least are counted; rounding up loses at most one an input
 
 
 @dataclass(frozen=True)

@@ -31,15 +31,22 @@ struct Asking {
 // Codes that are operands, without groups: integer sums wait where the totals will be, and tiles fetch and leave them.
 template <class F>
 struct Accumulator {
-  static constexpr int64_t kPitch = F::segment * F::element, kBelow = kTileRows * kBlock, kBytes = kBlock * 4, kTileBytes = kTileRows * kRow;
+  static constexpr int64_t kPitch = F::segment * F::element, kBytes = kBlock * 4, kTileBytes = kTileRows * kRow;
+  static constexpr int64_t kBelow = kTileRows * kBlock, kBeside = 2 * kLanes;  // from two tiles of sums to the other two
   static constexpr int kTurn = 2;  // segments whose codes (32 KB) stay in L1 for all rows
 
-  // 32 rows x 32 outputs: four loads for four products. `sums` begin at zero for the first segments.
-  static QPASS_INLINE void fetch_square(const float* sums, bool first) {
+  // Two tiles of sums side by side and two more, `others` floats behind; zeros for the first segments.
+  static QPASS_INLINE void fetch(const float* sums, int64_t others, bool first) {
     if (first) return zero<0>(), zero<1>(), zero<2>(), zero<3>();
     load<0>(sums, kBytes), load<1>(sums + kLanes, kBytes);
-    load<2>(sums + kBelow, kBytes), load<3>(sums + kBelow + kLanes, kBytes);
+    load<2>(sums + others, kBytes), load<3>(sums + others + kLanes, kBytes);
   }
+  static QPASS_INLINE void leave(float* sums, int64_t others) {
+    store<0>(sums, kBytes), store<1>(sums + kLanes, kBytes);
+    store<2>(sums + others, kBytes), store<3>(sums + others + kLanes, kBytes);
+  }
+
+  // 32 rows x 32 outputs: four loads for four products.
   static QPASS_INLINE void square(const uint8_t* w, const uint8_t* x, int chunks, Asking& asking) {
     for (int c = 0; c < chunks; c++, w += F::panel_chunk_bytes, x += F::chunk) {
       load<4>(x, kPitch), load<6>(w, kRow);
@@ -51,15 +58,7 @@ struct Accumulator {
       product<F, 3, 5, 7>(), asking.some();
     }
   }
-  static QPASS_INLINE void leave_square(float* sums) {
-    store<0>(sums, kBytes), store<1>(sums + kLanes, kBytes);
-    store<2>(sums + kBelow, kBytes), store<3>(sums + kBelow + kLanes, kBytes);
-  }
   // 16 rows x 64 outputs: the last rows, or all.
-  static QPASS_INLINE void fetch_wide(const float* sums, bool first) {
-    if (first) return zero<0>(), zero<1>(), zero<2>(), zero<3>();
-    load<0>(sums, kBytes), load<1>(sums + kLanes, kBytes), load<2>(sums + 2 * kLanes, kBytes), load<3>(sums + 3 * kLanes, kBytes);
-  }
   static QPASS_INLINE void wide(const uint8_t* w, const uint8_t* x, int chunks, Asking& asking) {
     for (int c = 0; c < chunks; c++, w += F::panel_chunk_bytes, x += F::chunk) {
       load<4>(x, kPitch), load<5>(w, kRow);
@@ -71,9 +70,6 @@ struct Accumulator {
       load<5>(w + 3 * F::steps * kRow, kRow);
       product<F, 3, 4, 5>(), asking.some();
     }
-  }
-  static QPASS_INLINE void leave_wide(float* sums) {
-    store<0>(sums, kBytes), store<1>(sums + kLanes, kBytes), store<2>(sums + 2 * kLanes, kBytes), store<3>(sums + 3 * kLanes, kBytes);
   }
 
   // sums[rows][64] (+)= block `weights` times rows [row, row + rows), over segments [begin, end). `next`: the codes that
@@ -95,14 +91,14 @@ struct Accumulator {
       for (; rows - at > kTileRows; at += 2 * kTileRows)
         for (int half = 0; half < 2; half++) {
           float* part = sums + at * kBlock + half * 2 * kLanes;
-          fetch_square(part, i == 0);
+          fetch(part, kBelow, i == 0);
           over(square, at, half);
-          leave_square(part);
+          leave(part, kBelow);
         }
       if (at >= rows) continue;
-      fetch_wide(sums + at * kBlock, i == 0);
+      fetch(sums + at * kBlock, kBeside, i == 0);
       over(wide, at, 0);
-      leave_wide(sums + at * kBlock);
+      leave(sums + at * kBlock, kBeside);
     }
   }
 
