@@ -27,10 +27,14 @@ def quantize_activation(x: Tensor, group: int | None) -> tuple[Tensor, Tensor]:
     return values.view(m, -1)[:, :k], amax / 127.0
 
 
-def quantize_by_scale(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Static symmetric int8: values [M, K] and scales [M, 1], all of them ``scale``; what lies beyond is clamped."""
+def quantize_by_scale(x: Tensor, scale: float, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Static int8 of ``x - shift``: values [M, K] and scales [M, 1], all of them ``scale``; what lies beyond is clamped.
+
+    A shift is what a zero point is for: ``x ~ scale * values + shift``, and ``shift`` times a weight's row sums is a bias.
+    """
     scales = x.new_full((x.shape[0], 1), scale, dtype=torch.float32)
-    values = (x.float() * (torch.ones_like(scales) / scales)).round().clamp_(-127, 127)
+    rows = x.float() - shift if shift else x.float()
+    values = (rows * (torch.ones_like(scales) / scales)).round().clamp_(-127, 127)
     return values, scales
 
 

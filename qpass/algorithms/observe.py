@@ -21,7 +21,7 @@ EXTREMES = 16
 class Observer:
     """A stream of rows ``x [M, K]``, seen once each; what is kept does not grow with M.
 
-    absmax      fp32 [K]     largest magnitude of each channel
+    low, high   fp32 [K]     each channel's least and greatest value
     squares     fp64 [K]     sum of squares of each channel: the Hessian's diagonal is ``2 * squares / rows``. None: not asked for
     histogram   int64 [BINS] of all magnitudes, over ``0 .. limit``
     sample      [<= SAMPLE, K] in x's dtype, with ``priorities`` fp64, the smallest of one random number a row
@@ -33,10 +33,9 @@ class Observer:
     hessian: bool = False
     seed: int = 0
     rows: int = 0
-    minimum: float = 0.0
-    maximum: float = 0.0
     limit: float = 0.0
-    absmax: Tensor = field(init=False)
+    low: Tensor = field(init=False)
+    high: Tensor = field(init=False)
     squares: Tensor | None = field(init=False)
     histogram: Tensor = field(init=False)
     sample: Tensor = field(init=False)
@@ -45,7 +44,7 @@ class Observer:
     peaks: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.absmax = torch.zeros(self.k)
+        self.low, self.high = torch.zeros(self.k), torch.zeros(self.k)
         self.squares = torch.zeros(self.k, dtype=torch.float64) if self.hessian else None
         self.histogram = torch.zeros(BINS, dtype=torch.int64)
         self.sample, self.priorities = torch.zeros(0, self.k, dtype=self.dtype), torch.zeros(0, dtype=torch.float64)
@@ -60,11 +59,9 @@ class Observer:
         peaks = magnitudes.amax(dim=1)
         if not bool(torch.isfinite(peaks).all()):
             raise ValueError("NaN or infinity")
-        first = self.rows == 0
-        low, high = (float(v) for v in torch.aminmax(x))
-        self.minimum = low if first else min(self.minimum, low)
-        self.maximum = high if first else max(self.maximum, high)
-        torch.maximum(self.absmax, magnitudes.amax(dim=0), out=self.absmax)
+        low, high = (end.float() for end in torch.aminmax(x, dim=0))
+        self.low = low if self.rows == 0 else torch.minimum(self.low, low)
+        self.high = high if self.rows == 0 else torch.maximum(self.high, high)
         if self.squares is not None:
             self.squares += magnitudes.square().sum(dim=0, dtype=torch.float64)
         self._count(magnitudes, float(peaks.max()))
@@ -95,8 +92,13 @@ class Observer:
         return min(reached * self.limit / BINS, self.peak)
 
     @property
+    def absmax(self) -> Tensor:
+        """The largest magnitude of each channel, fp32 [K]."""
+        return torch.maximum(self.high, -self.low)
+
+    @property
     def peak(self) -> float:
-        return max(abs(self.minimum), abs(self.maximum))
+        return float(self.absmax.max())
 
     def clip(self, levels: int = 127) -> float:
         """The magnitude at which a symmetric static quantizer of ``levels`` steps a side makes the least squared error.

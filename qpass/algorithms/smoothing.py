@@ -30,6 +30,9 @@ ROTATION_SAVES = 0.7
 CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
 """Shares of the largest magnitude at which a static scale may cut off."""
 
+ONE_SIDED = 0.95
+"""An asymmetric quantizer is tried where its step is at most this share of the symmetric one's."""
+
 ROWS = 256
 """Outputs of a layer on which errors are measured, evenly spread."""
 
@@ -48,13 +51,14 @@ class Error:
 
 @dataclass(frozen=True)
 class Smoothed:
-    """``divisor`` fp32 [K] or None; ``scale`` of a static quantizer of ``x / divisor``, or None; what they cost the output."""
+    """``divisor`` fp32 [K] or None; ``scale`` and ``shift`` of a static quantizer of ``x / divisor``, or None and 0; what they cost the output."""
 
     alpha: float | None
     divisor: Tensor | None
     scale: float | None
     error: Error
     rotate: bool = False  # x / divisor, before it is quantized
+    shift: float = 0.0
 
 
 def divisor(absmax: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
@@ -87,10 +91,11 @@ def smooth(
     *,
     given: Tensor | None = None,
 ) -> Smoothed:
-    """The divisor (and the static scale, where a scheme is static) of one input and the linears that read it.
+    """The divisor (and the static scale and shift, where a scheme is static) of one input and the linears that read it.
 
     ``alpha`` is a number, None for no smoothing, or "auto": the one of :data:`GRID` with the least error of the
-    layers' output on the rows that the observer kept. Static scales are searched over :data:`CLIPS` either way.
+    layers' output on the rows that the observer kept. Static scales are searched over :data:`CLIPS` either way, and where values
+    lie to one side of zero, each with its codes about the middle of them as well: asymmetric, a zero point.
     ``given`` is a divisor that the weights already expect; alpha must be None then. "auto" also rotates int8 activations where
     that pays.
     """
@@ -113,9 +118,9 @@ class _Layer:
         self, observer: Observer, parts: list[Tensor], schemes: Sequence[Scheme], given: Tensor | None
     ) -> None:
         self.rows, self.counts = observer.weighted_rows()
-        self.absmax = observer.absmax
+        self.low, self.high = observer.low, observer.high
         if given is not None:
-            self.rows, self.absmax = self.rows / given, self.absmax / given
+            self.rows, self.low, self.high = self.rows / given, self.low / given, self.high / given
         self.parts, self.schemes = parts, schemes
         self.extremes = observer.extremes.shape[0]
         self.clip = observer.clip() if given is None else None  # of the input as it was seen
@@ -127,23 +132,41 @@ class _Layer:
         return found.error.of(self.static)
 
     def attempt(self, alpha: float | None, s: Tensor | None, *, rotate: bool) -> Smoothed:
-        """With the divisor ``s``, and the best of a few static scales where one is wanted."""
+        """With the divisor ``s``, and the best of a few static quantizers where one is wanted."""
         flat = self.rows if s is None else self.rows / s
         flat = rotated(flat) if rotate else flat
         codes = [_codes(w, s, rotate, scheme) for w, scheme in zip(self.parts, self.schemes, strict=True)]
-        scales: list[float | None] = [None]
-        if self.static:
-            largest = flat.abs() if rotate else self.absmax if s is None else self.absmax / s
-            peak = max(float(largest.max()), 1e-30)
-            scales = [peak * clip / 127 for clip in CLIPS]
-            if s is None and not rotate and self.clip is not None:
-                scales.append(max(self.clip, 1e-30) / 127)
-        return min((Smoothed(alpha, s, x, self._error(flat, codes, x), rotate) for x in scales), key=self.cost)
+        quantizers = self._quantizers(flat, s, rotate) if self.static else [(None, 0.0)]
+        return min(
+            (
+                Smoothed(alpha, s, scale, self._error(flat, codes, scale, shift), rotate, shift)
+                for scale, shift in quantizers
+            ),
+            key=self.cost,
+        )
 
-    def _error(self, flat: Tensor, codes: list[Tensor], scale: float | None) -> Error:
+    def _quantizers(self, flat: Tensor, s: Tensor | None, rotate: bool) -> list[tuple[float | None, float]]:
+        """Static scales and shifts of ``flat`` that are tried. What is rotated lies about zero."""
+        if rotate:
+            low, high = -float(flat.abs().max()), float(flat.abs().max())
+        else:
+            low = float((self.low if s is None else self.low / s).min())
+            high = float((self.high if s is None else self.high / s).max())
+        peak = max(high, -low, 1e-30)
+        cuts = [peak * clip for clip in CLIPS]
+        if s is None and not rotate and self.clip is not None:
+            cuts.append(max(self.clip, 1e-30))
+        found: list[tuple[float | None, float]] = [(cut / 127, 0.0) for cut in cuts]
+        for cut in cuts:
+            bottom, top = max(low, -cut), min(high, cut)
+            if top - bottom <= ONE_SIDED * 2 * cut:
+                found.append((max(top - bottom, 1e-30) / 254, (top + bottom) / 2))
+        return found
+
+    def _error(self, flat: Tensor, codes: list[Tensor], scale: float | None, shift: float) -> Error:
         errors = torch.zeros(len(flat))
         for w, y, scheme in zip(codes, self.outputs, self.schemes, strict=True):
-            errors += (fake_quantize(flat, scheme, scale) @ w.t() - y).square().sum(dim=1)
+            errors += (fake_quantize(flat, scheme, scale, shift) @ w.t() - y).square().sum(dim=1)
         relative = errors / self.energy
         mean = float((relative * self.counts).sum() / self.counts.sum())
         return Error(mean, float(relative[-self.extremes :].mean()))
@@ -165,14 +188,14 @@ def _divisors(
         yield candidate, None if candidate is None else divisor(observer.absmax, weights, float(candidate))  # type: ignore[misc]
 
 
-def fake_quantize(x: Tensor, scheme: Scheme, scale: float | None) -> Tensor:
-    """What a linear of ``scheme`` multiplies in place of ``x [M, K]``, fp32; ``scale`` is a static scheme's."""
+def fake_quantize(x: Tensor, scheme: Scheme, scale: float | None, shift: float = 0.0) -> Tensor:
+    """What a linear of ``scheme`` multiplies in place of ``x [M, K]``, fp32; ``scale`` and ``shift`` are a static scheme's."""
     if scheme.activation == "a16":
         return x.float()
     if scheme.activation == "a8-static":
         assert scale is not None
-        values, _ = quantize_by_scale(x, scale)
-        return values * scale
+        values, _ = quantize_by_scale(x, scale, shift)
+        return values * scale + shift
     k = x.shape[1]
     length = k
     if scheme.activation == "a8-token-group" and scheme.weight is not None and scheme.weight.group:

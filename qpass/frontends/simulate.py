@@ -46,8 +46,10 @@ class Simulation:
             return plain_linear(reader, x, weight, bias)
         rows = x.reshape(-1, x.shape[-1]).float()
         scheme, smoothed, outliers = self._decided(reader, scheme)
-        divisor, scale, rotate = (
-            (smoothed.divisor, smoothed.scale, smoothed.rotate) if smoothed else (None, None, False)
+        divisor, scale, rotate, shift = (
+            (smoothed.divisor, smoothed.scale, smoothed.rotate, smoothed.shift)
+            if smoothed
+            else (None, None, False, 0.0)
         )
         if divisor is not None:
             rows = rows / divisor
@@ -59,7 +61,7 @@ class Simulation:
             rows = rows.index_fill(1, outliers, 0.0)
             y = fake_quantize(rows, scheme, scale) @ matrix.t() + exact
         else:
-            y = fake_quantize(rows, scheme, scale) @ matrix.t()
+            y = fake_quantize(rows, scheme, scale, shift) @ matrix.t()
         if bias is not None:
             y = y + bias.float()
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])

@@ -18,10 +18,10 @@ from qpass.algorithms.observe import BINS, EXTREMES, SAMPLE, Observer
 from qpass.errors import CheckpointError, OptionError
 from qpass.passes.calibrated import Calibrated
 
-FORMAT = "qpass statistics 1"
+FORMAT = "qpass statistics 2"
 
-_TENSORS = ("absmax", "histogram", "sample", "priorities", "extremes", "peaks")
-_NUMBERS = ("rows", "minimum", "maximum", "limit", "seed")
+_TENSORS = ("low", "high", "histogram", "sample", "priorities", "extremes", "peaks")
+_NUMBERS = ("rows", "limit", "seed")
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)}
 
 
@@ -210,10 +210,11 @@ def _observer(entry: dict[str, Any], tensors: dict[str, Tensor], prefix: str) ->
     """One input's, with every shape, dtype and value checked."""
     found = {part: tensors[prefix + part] for part in _TENSORS}
     squares = tensors.get(f"{prefix}squares")
-    dtype, k = _DTYPES[entry["dtype"]], found["absmax"].numel()
+    dtype, k = _DTYPES[entry["dtype"]], found["low"].numel()
     kept, highest = len(found["priorities"]), len(found["peaks"])
     expected: dict[str, tuple[torch.dtype, list[int]]] = {
-        "absmax": (torch.float32, [k]),
+        "low": (torch.float32, [k]),
+        "high": (torch.float32, [k]),
         "histogram": (torch.int64, [BINS]),
         "sample": (dtype, [kept, k]),
         "priorities": (torch.float64, [kept]),
@@ -229,11 +230,11 @@ def _observer(entry: dict[str, Any], tensors: dict[str, Tensor], prefix: str) ->
     if k == 0 or kept > SAMPLE or highest > EXTREMES:
         raise ValueError(f"{prefix}sample has {kept} + {highest} rows of {k}")
     observer = Observer(k, dtype, squares is not None, int(entry["seed"]), int(entry["rows"]))
-    for part in ("minimum", "maximum", "limit"):
-        number = float(entry[part])
-        if not abs(number) < float("inf"):
-            raise ValueError(f"{prefix}{part} is {number}")
-        setattr(observer, part, number)
+    observer.limit = float(entry["limit"])
+    if not 0 <= observer.limit < float("inf"):
+        raise ValueError(f"{prefix}limit is {observer.limit}")
+    if bool((found["low"] > found["high"]).any()):
+        raise ValueError(f"{prefix}low is above {prefix}high")
     for part, tensor in found.items():
         setattr(observer, part, tensor)
     observer.squares = squares

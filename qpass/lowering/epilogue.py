@@ -7,9 +7,8 @@ from torch import Tensor, fx
 
 from qpass.ops.epilogue import apply_epilogue
 from qpass.ops.quantized_linear import bound_arguments, round_output
-from qpass.qactivation import rotated
 
-_PARTS = ("bias", "activation", "glu", "mul", "residual", "y_scale", "y_rotate")
+_PARTS = ("bias", "activation", "glu", "mul", "residual", "y_scale", "y_shift", "y_rotate")
 
 
 def emit_epilogue(graph: fx.Graph, node: fx.Node, y: fx.Node) -> fx.Node:
@@ -32,10 +31,11 @@ def finish(
     mul: Tensor | None,
     residual: Tensor | None,
     y_scale: float | None,
+    y_shift: float,
     y_rotate: bool,
 ) -> Tensor:
     y = y.float()
     if bias is not None:
         y = y + bias
     y = apply_epilogue(y, activation, glu, mul, residual)
-    return round_output(rotated(y) if y_rotate else y, dtype or x.dtype, y_scale)
+    return round_output(y, dtype or x.dtype, y_scale, y_shift, y_rotate)

@@ -32,6 +32,8 @@ _ALIKE = (
     "y_scale",
     "rotate",
     "y_rotate",
+    "x_shift",
+    "y_shift",
 )
 """Arguments that packed_linear takes as quantized_linear has them."""
 

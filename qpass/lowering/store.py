@@ -172,6 +172,17 @@ class WeightStore:
 
         return self._kept((weights, "columns", tuple(index.tolist())), refs, make)[0]
 
+    def sums(self, refs: tuple[WeightRef, ...], format: Format) -> Tensor:
+        """What an input of ones throughout gives, fp32 [N], by the codes."""
+        weights = tuple((id(r.parameter), r.transposed, r.scaling and r.scaling.key) for r in refs)
+
+        def make() -> tuple[Tensor, ...]:
+            ones = torch.ones(refs[0].shape[1])
+            ones = rotated(ones) if refs[0].scaling is not None and refs[0].scaling.rotate else ones
+            return (self.qweight(refs, format).dequantize() @ ones,)
+
+        return self._kept((weights, format, "sums"), refs, make)[0]
+
     def _kept(
         self, key: tuple, refs: tuple[WeightRef, ...], make: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:

@@ -15,7 +15,8 @@ LIBRARY.define(
     "packed_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? mul, Tensor? residual,"
     " SymInt n, SymInt k, int format, int activation, bool glu, int norm=0, Tensor? norm_weight=None,"
     " Tensor? norm_bias=None, float norm_eps=0.0, float? x_scale=None, Tensor? outliers=None, Tensor? outlier_weight=None,"
-    " float? y_scale=None, int? dtype=None, bool rotate=False, bool y_rotate=False) -> Tensor"
+    " float? y_scale=None, int? dtype=None, bool rotate=False, bool y_rotate=False,"
+    " float x_shift=0.0, float y_shift=0.0) -> Tensor"
 )
 
 
@@ -41,6 +42,8 @@ def _fake(
     dtype: int | None = None,
     rotate: bool = False,
     y_rotate: bool = False,
+    x_shift: float = 0.0,
+    y_shift: float = 0.0,
 ) -> Tensor:
     """``x [..., K]`` -> [..., N], or [..., N/2] when ``glu``; contiguous.
 

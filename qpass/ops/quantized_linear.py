@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from qpass.ops.epilogue import apply_epilogue, check_activation, fake_output
 from qpass.ops.linear import LIBRARY
-from qpass.ops.prologue import apply_norm_of, check_x_scale
+from qpass.ops.prologue import apply_norm_of, check_quantizer
 from qpass.qactivation import quantize_activation, quantize_by_scale, rotated
 from qpass.qweight import QWeight
 from qpass.scheme import Format
@@ -18,7 +18,8 @@ LIBRARY.define(
     "quantized_linear(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor? bias, int bits, int group, str rule,"
     " str activation='none', bool glu=False, Tensor? mul=None, Tensor? residual=None, str norm='none',"
     " Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.0, float? x_scale=None, Tensor? outliers=None,"
-    " Tensor? outlier_weight=None, float? y_scale=None, ScalarType? dtype=None, bool rotate=False, bool y_rotate=False) -> Tensor"
+    " Tensor? outlier_weight=None, float? y_scale=None, ScalarType? dtype=None, bool rotate=False, bool y_rotate=False,"
+    " float x_shift=0.0, float y_shift=0.0) -> Tensor"
 )
 
 
@@ -46,6 +47,8 @@ def _quantized_linear(
     dtype: torch.dtype | None = None,
     rotate: bool = False,
     y_rotate: bool = False,
+    x_shift: float = 0.0,
+    y_shift: float = 0.0,
 ) -> Tensor:
     """``x [..., K]``, a QWeight [N, K] by its tensors (``group`` 0: per channel), ``bias`` [N]; out [..., N] in x's dtype.
 
@@ -57,9 +60,12 @@ def _quantized_linear(
     [C, N] as they are. With ``y_scale`` out is the int8 codes that a8-static makes of it; such an x is multiplied by ``x_scale`` as it is,
     and ``dtype`` names what out and the epilogue's operands have instead of its own. ``rotate``: x is rotated (:func:`~qpass.qactivation.rotated`)
     before it is quantized, an int8 one was already; ``y_rotate``: so is out, before it becomes codes.
+
+    ``x_shift`` (a8-static): ``x - x_shift`` is what is quantized and multiplied, and ``bias`` has what the shift gives; an int8 x was
+    shifted already. ``y_shift``: so is out, before it is rotated and becomes codes.
     """
     check_activation(activation)
-    check_x_scale(rule, x_scale)
+    check_quantizer(rule, x_scale, x_shift)
     weight = QWeight(
         codes, scales, zeros, Format(bits, group or None, float_zeros=zeros.is_floating_point())
     ).dequantize()
@@ -69,8 +75,9 @@ def _quantized_linear(
     if outliers is not None and outlier_weight is not None:
         apart = rows[:, outliers] @ outlier_weight.float()
         rows = rows.index_fill(1, outliers, 0.0)
-    if rotate and x.dtype != torch.int8:
-        rows = rotated(rows)
+    if x.dtype != torch.int8:
+        rows = rows - x_shift if x_shift else rows
+        rows = rotated(rows) if rotate else rows
     if x_scale is not None:
         rows = (rows if x.dtype == torch.int8 else quantize_by_scale(rows, x_scale)[0]) * x_scale
     elif rule != "a16":
@@ -84,13 +91,15 @@ def _quantized_linear(
         y = y + bias.float()
     y = y.view(*x.shape[:-1], codes.shape[0])
     y = apply_epilogue(y, activation, glu, mul, residual)
-    return round_output(rotated(y) if y_rotate else y, dtype, y_scale)
+    return round_output(y, dtype, y_scale, y_shift, y_rotate)
 
 
-def round_output(y: Tensor, dtype: torch.dtype, y_scale: float | None) -> Tensor:
-    """fp32 ``y`` in ``dtype``, or as int8 codes of ``y_scale``."""
+def round_output(y: Tensor, dtype: torch.dtype, y_scale: float | None, y_shift: float, y_rotate: bool) -> Tensor:
+    """fp32 ``y`` in ``dtype``, or as int8 codes of ``y_scale``, shifted and rotated."""
     if y_scale is None:
         return y.to(dtype)
+    y = y - y_shift if y_shift else y
+    y = rotated(y) if y_rotate else y
     values, _ = quantize_by_scale(y.reshape(-1, y.shape[-1]), y_scale)
     return values.to(torch.int8).view(y.shape)
 

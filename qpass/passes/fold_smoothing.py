@@ -28,6 +28,9 @@ ROWS = "qpass_rows"
 X_SCALE = "qpass_x_scale"
 """And the static scale of its int8 input."""
 
+X_SHIFT = "qpass_x_shift"
+"""And what is taken off the input first, where its codes lie about something else than zero: an asymmetric quantizer."""
+
 ROTATE = "qpass_rotate"
 """And whether its columns, and its input, are rotated."""
 
@@ -145,6 +148,9 @@ def _told(linears: list[fx.Node], decision: Decision | None, ctx: Context) -> Te
         node.meta[_NOTES] = decision.notes
         if decision.smoothed.scale is not None:
             node.meta[X_SCALE] = decision.smoothed.scale
+        if decision.smoothed.shift and decision.schemes[at - 1].activation == "a8-static":
+            node.meta[X_SHIFT] = decision.smoothed.shift
+            node.meta["qpass_fused"] = ("shifted", *node.meta.get("qpass_fused", ()))
         if ctx.given_of(node) is None and decision.smoothed.divisor is not None:
             node.meta[COLUMNS] = decision.smoothed.divisor
         if decision.smoothed.rotate:

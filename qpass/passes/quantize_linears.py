@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from qpass.lowering.store import Scaling, WeightRef
 from qpass.passes.attributes import attach
 from qpass.passes.context import Context
-from qpass.passes.fold_smoothing import COLUMNS, OUTLIERS, ROTATE, ROWS, X_SCALE, scheme_of
+from qpass.passes.fold_smoothing import COLUMNS, OUTLIERS, ROTATE, ROWS, X_SCALE, X_SHIFT, scheme_of
 from qpass.passes.values import VALUE
 from qpass.qweight import zero_dtype
 from qpass.scheme import Format
@@ -26,7 +26,7 @@ def quantize_linears(graph: fx.Graph, ctx: Context) -> int:
     ctx.check_names([*(name for node in linears for name in node.meta["qpass_names"]), *ctx.left])
     count = 0
     for node in linears:
-        x, _, biases = node.args
+        x = node.args[0]
         scheme, given = scheme_of(node, ctx), ctx.given_of(node)
         if scheme.weight is None:
             continue
@@ -40,13 +40,10 @@ def quantize_linears(graph: fx.Graph, ctx: Context) -> int:
                 attach(graph, f"qpass_{part}", tensor)
                 for part, tensor in zip(("codes", "scales", "zeros"), tensors, strict=True)
             ]
-            bias = None
-            if any(b is not None for b in biases):
-                parameters = tuple(None if b is None else ctx.parameters[b.name] for b in biases)
-                value = ctx.weights.bias(parameters, tuple(ref.shape[0] for ref in refs))
-                rows = node.meta.get(ROWS)
-                bias = attach(graph, "qpass_bias", value if rows is None else value * rows)
+            value = _bias(node, refs, scheme.weight, ctx)
+            bias = None if value is None else attach(graph, "qpass_bias", value)
             others = {"x_scale": node.meta[X_SCALE]} if scheme.activation == "a8-static" else {}
+            others |= {"x_shift": node.meta[X_SHIFT]} if X_SHIFT in node.meta else {}
             others |= {"rotate": True} if node.meta.get(ROTATE) else {}
             others |= _outliers(graph, node, refs, ctx)
             group = scheme.weight.group or 0
@@ -64,6 +61,20 @@ def quantize_linears(graph: fx.Graph, ctx: Context) -> int:
         graph.erase_node(node)
         count += 1
     return count
+
+
+def _bias(node: fx.Node, refs: tuple[WeightRef, ...], format: Format, ctx: Context) -> Tensor | None:
+    """fp32 [N]: the linears' own, its rows scaled as the weights' are, and what the input's shift gives."""
+    biases, rows, shift = node.args[2], node.meta.get(ROWS), node.meta.get(X_SHIFT)
+    value: Tensor | None = None
+    if any(b is not None for b in biases):  # type: ignore[union-attr]
+        parameters = tuple(None if b is None else ctx.parameters[b.name] for b in biases)  # type: ignore[union-attr]
+        value = ctx.weights.bias(parameters, tuple(ref.shape[0] for ref in refs))
+        value = value if rows is None else value * rows
+    if shift is None:
+        return value
+    shifted = shift * ctx.weights.sums(refs, format)
+    return shifted if value is None else value + shifted
 
 
 def _scaled_refs(node: fx.Node, ctx: Context) -> tuple[WeightRef, ...]:

@@ -10,7 +10,7 @@ from torch import fx
 from qpass.ops.quantized_linear import bound_arguments
 from qpass.passes.activations import activation_of, spells_activation
 from qpass.passes.context import Context
-from qpass.passes.keep_int8 import scale_wanted
+from qpass.passes.keep_int8 import codes_wanted
 from qpass.passes.linears import is_unspelled
 from qpass.passes.names import Names
 from qpass.passes.norms import norm_of_call
@@ -36,7 +36,7 @@ ALLOWED: dict[str, frozenset[str]] = {
 """By pass: the ops of ``torch.ops.qpass`` that may stand behind it. A pass that is not named here is not checked."""
 
 _NORM_ARGUMENTS = frozenset({"norm", "norm_weight", "norm_bias", "norm_eps"})
-_INPUT = frozenset({"x_scale", "outliers", "outlier_weight", "rotate"})
+_INPUT = frozenset({"x_scale", "x_shift", "outliers", "outlier_weight", "rotate"})
 _FUSED_SO_FAR: dict[str, frozenset[str]] = {
     "quantize_linears": _INPUT,
     "fuse_norms": _INPUT | _NORM_ARGUMENTS,
@@ -69,7 +69,7 @@ def check(stage: str, graph: fx.Graph, ctx: Context) -> list[str]:
         complaints += [
             f"{node.name}: is rounded to the model's dtype, and then to int8"
             for node in graph.find_nodes(op="call_function", target=QUANTIZED)
-            if scale_wanted(node) is not None and node.kwargs.get("y_scale") is None and not writes.touch(node)
+            if codes_wanted(node) is not None and node.kwargs.get("y_scale") is None and not writes.touch(node)
         ]
     if stage == "lower":
         complaints += _check_lowered(graph)

@@ -62,6 +62,38 @@ def test_from_one_to_the_next() -> None:
     assert sqnr_db(product(between, second, 0.5) + residual.double(), results[0]) > 45
 
 
+def test_codes_may_lie_about_something_else_than_zero() -> None:
+    """What is taken off x, and off y for the linear behind; an input that is padding stays zero."""
+    formats = [STATIC, KernelFormat(4, 32, "a8-static", 2)]
+    for format in formats:
+        weight, x = Weight.random(70, 130, format), torch.rand(9, 130) * 5
+        results = []
+        for tier in TIERS:
+            use(format, tier=tier)
+            y = run(x, weight, x_scale=0.02, x_shift=2.5)
+            results.append(y)
+            assert torch.equal(y, run(x - 2.5, weight, x_scale=0.02))
+            assert torch.equal(y[3:4], run(x[3:4], weight, x_scale=0.02, x_shift=2.5))
+            rows = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+            normalized = run(x, weight, x_scale=0.02, x_shift=-0.5, norm=2, norm_eps=1e-5)
+            assert sqnr_db(product(rows + 0.5, weight, 0.02), normalized) > 40
+            codes = run(x, weight, y_scale=0.05, y_shift=-1.5)
+            assert torch.equal(codes.float(), ((run(x, weight) + 1.5) * 20).round().clamp(-127, 127))
+        assert all(torch.equal(results[0], result) for result in results)
+
+
+def test_a_shift_comes_before_a_rotation() -> None:
+    first, second = Weight.random(128, 64, STATIC), Weight.random(70, 128, STATIC)
+    x = torch.rand(9, 64) * 5
+    for tier in TIERS:
+        use(STATIC, tier=tier)
+        whole = run(x, first, x_scale=0.02, x_shift=2.5, rotate=True)
+        assert torch.equal(whole, run(x - 2.5, first, x_scale=0.02, rotate=True))
+        codes = run(x, first, x_scale=0.02, y_scale=0.2, y_shift=0.7, y_rotate=True)
+        read = run(codes, second, x_scale=0.2, dtype=0, rotate=True, x_shift=0.7)
+        assert torch.equal(read, run(run(x, first, x_scale=0.02), second, x_scale=0.2, x_shift=0.7, rotate=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -71,6 +103,8 @@ def test_from_one_to_the_next() -> None:
         ({"norm": 1}, "an int8 x is not normalized"),
         ({"y_scale": 0.0}, "y_scale must be positive and finite"),
         ({"y_scale": float("nan")}, "y_scale must be positive and finite"),
+        ({"x_shift": float("nan")}, "x_shift and y_shift must be finite"),
+        ({"y_shift": 1.0}, "y_shift goes with a y_scale"),
         ({"outliers": torch.tensor([1]), "outlier_weight": torch.zeros(1, 70).bfloat16()}, "an int8 x has no outliers"),
         ({"residual": torch.zeros(2, 70)}, "residual must have bfloat16 elements"),
     ],
@@ -88,3 +122,5 @@ def test_only_static_kernels_read_codes() -> None:
     use(format)
     with pytest.raises(RuntimeError, match="takes no int8 x"):
         run(torch.ones(2, 100, dtype=torch.int8), Weight.random(70, 100, format), dtype=BF16)
+    with pytest.raises(RuntimeError, match="x_shift goes with an x_scale"):
+        run(torch.ones(2, 100), Weight.random(70, 100, format), x_shift=1.0)

@@ -72,6 +72,30 @@ def test_with_a_norm(lowering: str, name: str, norm: str) -> None:
 
 
 @pytest.mark.parametrize("lowering", ["generated", "onednn", "reference"])
+@pytest.mark.parametrize("norm", ["none", "rms"])
+@pytest.mark.parametrize("rotate", [False, True])
+def test_asymmetric_codes(lowering: str, norm: str, rotate: bool) -> None:
+    """Of what goes in, and of what comes out for a linear behind."""
+    torch.manual_seed(0)
+    scheme = Scheme.parse("w8a8-static")
+    refusal = by_name(lowering).refuse(Site(("fc",), 128, 256, scheme, torch.bfloat16), detect())
+    if refusal is not None:
+        pytest.skip(refusal)
+    keywords: dict[str, object] = {"x_scale": 0.02, "x_shift": 2.0, "rotate": rotate, "norm": norm, "norm_eps": 1e-5}
+    inputs = {"x": (torch.rand(2, 5, 256) * 4).bfloat16()}
+    expected, result = emitted(lowering, scheme, inputs, **keywords)
+    assert sqnr_db(expected, result) > 42
+    outward: dict[str, object] = {"y_scale": 0.2, "y_shift": -3.0, "y_rotate": rotate}
+    expected, result = emitted(lowering, scheme, inputs, **keywords, **outward)
+    assert (result.dtype, expected.float().abs().max() > 10) == (torch.int8, True)
+    assert (expected.float() - result.float()).abs().max() <= 2
+    codes = {"x": torch.randint(-127, 128, (2, 5, 256), dtype=torch.int8)}
+    inward: dict[str, object] = {"x_scale": 0.02, "x_shift": 2.0, "rotate": rotate, "dtype": torch.bfloat16}
+    expected, result = emitted(lowering, scheme, codes, **inward)
+    assert sqnr_db(expected, result) > 42
+
+
+@pytest.mark.parametrize("lowering", ["generated", "onednn", "reference"])
 @pytest.mark.parametrize("name", ["w8a8-dynamic", "w8a8-static"])
 def test_with_outliers(lowering: str, name: str) -> None:
     """Normalized with the rest, never quantized."""

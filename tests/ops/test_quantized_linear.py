@@ -112,6 +112,13 @@ def test_static_activations() -> None:
     assert bool((x.abs() > 0.02 * 127).any())  # some are clamped
     assert torch.allclose(static(x, x_scale=0.02).double(), values @ q.dequantize().double().t(), atol=1e-4)
     assert torch.allclose(static(x, x_scale=0.02)[:1], static(x[:1], x_scale=0.02), atol=1e-5)
+    shifted = ((x.double() - 1.5) / 0.02).round().clamp(-127, 127) * 0.02
+    assert torch.allclose(
+        static(x, x_scale=0.02, x_shift=1.5).double(), shifted @ q.dequantize().double().t(), atol=1e-4
+    )
+    for rule, scale, shift in (("a8-static", 0.1, float("nan")), ("a8-token", None, 1.0)):
+        with pytest.raises(ValueError, match="x_shift must be finite, and zero unless the rule is 'a8-static'"):
+            static(x, rule, x_scale=scale, x_shift=shift)
     for rule, scale, message in (
         ("a8-static", None, "takes one x_scale"),
         ("a16", 0.1, "takes no x_scale"),

@@ -1,5 +1,7 @@
 """fold_smoothing: the division goes where it is exact, the numbers stay, and calibration says how much."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,16 @@ from qpass.algorithms.rtn import rtn
 from qpass.algorithms.smoothing import Error, Smoothed, divisor
 from qpass.errors import OptionError, SchemeError
 from qpass.lowering.given import Given, give
-from qpass.passes import canonicalize, fold_smoothing, fuse_epilogues, fuse_norms, merge_siblings, quantize_linears
+from qpass.passes import (
+    canonicalize,
+    fold_smoothing,
+    fuse_epilogues,
+    fuse_norms,
+    keep_int8,
+    lower,
+    merge_siblings,
+    quantize_linears,
+)
 from qpass.passes.calibrated import Calibrated, Decision, most_static
 from qpass.passes.fold_smoothing import COLUMNS, ROWS, divide
 from qpass.scheme import Format, Scheme
@@ -196,6 +207,69 @@ def test_static_scales_come_from_calibration():
     assert site.args[7] == "a8-static"
     assert 0 < site.kwargs["x_scale"] < 1
     assert sqnr_db(done.capture.run()[0], done.outputs()[0]) > 20
+
+
+def one_sided(k):
+    """What a ReLU gives, seen by calibration, with one channel larger than the rest."""
+    observer = Observer(k, torch.float32)
+    x = F.relu(torch.randn(500, k, generator=torch.Generator().manual_seed(1)))
+    x[:, 3] *= 8
+    observer.see(x)
+    return observer
+
+
+@pytest.mark.parametrize("alpha", [None, 0.5])
+@pytest.mark.parametrize("bias", [True, False])
+def test_codes_of_one_sided_inputs_lie_about_their_middle(alpha, bias):
+    """Half the step, and the bias makes good what was taken off: a ReLU's output, smoothed or not."""
+    m = module(lambda m, x: m.free_96(F.relu(x)), free_96=nn.Linear(96, 64, bias=bias))
+    x = torch.randn(2, 40, 96, generator=torch.Generator().manual_seed(3))
+    x[..., 3] *= 8
+    observer = one_sided(96)
+    seen = Calibrated(lambda name: observer, lambda name: alpha)
+    done = rewrite(m, (x,), STEPS, "w8a8-static", calibrated=seen)
+    (site,) = done.nodes(QUANTIZED)
+    assert "shifted" in site.meta["qpass_fused"]
+    assert site.kwargs["x_shift"] == pytest.approx(127 * site.kwargs["x_scale"], rel=1e-4)  # from zero on
+    shift = seen.decided.popitem()[1].smoothed
+    symmetric = Calibrated(lambda name: observer, lambda name: alpha)
+    key = (("free_96",), (Scheme.parse("w8a8-static"),), True, True)
+    symmetric.decided[key] = Decision(replace(shift, scale=2 * shift.scale, shift=0.0), (Scheme.parse("w8a8-static"),))
+    plain = rewrite(m, (x,), STEPS, "w8a8-static", calibrated=symmetric)
+    assert "x_shift" not in plain.nodes(QUANTIZED)[0].kwargs
+    exact = rewrite(m, (x,), [canonicalize]).outputs()[0]
+    assert sqnr_db(exact, done.outputs()[0]) > sqnr_db(exact, plain.outputs()[0]) + 3
+
+
+def test_a_shift_goes_with_scaled_rows_and_into_int8_between():
+    """The linear in front takes the next one's divisor into its rows and its zero point into its codes."""
+    m = module(lambda m, x: m.down_96(F.relu(m.up_64(m.rms(x)))))
+    first, second = Observer(64, torch.float32), Observer(96, torch.float32)
+    x = X.clone()
+    x[..., 3] *= 8
+    with torch.no_grad():
+        y = m.rms(x)
+        first.see(y)
+        second.see(F.relu(m.up_64(y)))
+    seen = Calibrated(lambda name: first if name[-2:] == "64" else second, lambda name: 0.5)
+    exact = rewrite(m, (x,), [canonicalize]).outputs()[0]
+    plain = rewrite(m, (x,), STEPS, "w8a8-static", calibrated=seen)
+    up, down = plain.nodes(QUANTIZED)
+    assert up.meta["qpass_refs"][0].scaling.rows is not None
+    assert down.kwargs["x_shift"] > 0
+    assert sqnr_db(exact, plain.outputs()[0]) > 30
+    done = rewrite(m, (x,), [*STEPS, keep_int8], "w8a8-static", calibrated=seen)
+    assert done.nodes(QUANTIZED)[0].kwargs["y_shift"] == down.kwargs["x_shift"]
+    assert sqnr_db(plain.outputs()[0], done.outputs()[0]) > 100
+    for lowering in ("generated", "onednn", "reference"):
+        lowered = rewrite(m, (x,), [*STEPS, keep_int8, lower], "w8a8-static", calibrated=seen, lowering=lowering)
+        assert sqnr_db(plain.outputs()[0], lowered.outputs()[0]) > 60
+
+
+def test_codes_of_inputs_about_zero_lie_about_zero():
+    m = module(lambda m, x: m.q_64(x))
+    done = rewrite(m, (X,), STEPS, "w8a8-static", calibrated=calibrated("auto"))
+    assert "x_shift" not in done.nodes(QUANTIZED)[0].kwargs
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QPASS_ABI 6
+#define QPASS_ABI 7
 
 enum QpassDtype { QPASS_F32 = 0, QPASS_BF16 = 1, QPASS_F16 = 2, QPASS_I8 = 3 };
 enum QpassActivation { QPASS_NONE = 0, QPASS_RELU = 1, QPASS_GELU = 2, QPASS_GELU_TANH = 3, QPASS_SILU = 4 };
@@ -32,8 +32,10 @@ struct QpassCall {
   const float* norm_bias;    // [k], or null for zeros
   float norm_eps;
   float x_scale;   // of the int8 activations, QPASS_A8_STATIC only
+  float x_shift;   // taken off x before they are made; not off an int8 x
   int32_t x_int8;  // x holds them already
   float y_scale;   // y takes int8 codes of this scale; 0 for none
+  float y_shift;   // taken off y before it becomes codes
   int32_t rotate;    // x, by 64 inputs, before it is quantized (a8); an int8 x is rotated already
   int32_t y_rotate;  // y, by 64 outputs, before it is rounded to codes
   int64_t outliers;              // inputs that are left out of int8 and multiplied in fp32; 0 for none

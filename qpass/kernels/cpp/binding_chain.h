@@ -40,7 +40,7 @@ struct Signature {
   const char* arguments;
 };
 constexpr Signature kSignatures[] = {
-    {"packed_linear", Step::kLinear, "tttttiiiiiittffttfiii"},
+    {"packed_linear", Step::kLinear, "tttttiiiiiittffttfiiiff"},
     {"attention", Step::kAttention, "ttttfftt"},
     {"flatten", Step::kFlatten, "t"},
 };
@@ -158,7 +158,8 @@ Tensor run(const Step& step, const std::vector<Optional>& slots) {
     case Step::kLinear:
       return linear::packed_linear(tensor(0), tensor(1), given(2), given(3), given(4), n[0], n[1], n[2], n[3],
                                    n[4] != 0, n[5], given(5), given(6), f[0], maybe(f[1]), given(7), given(8), maybe(f[2]),
-                                   n[6] == kNone ? std::nullopt : std::optional<int64_t>(n[6]), n[7] != 0, n[8] != 0);
+                                   n[6] == kNone ? std::nullopt : std::optional<int64_t>(n[6]), n[7] != 0, n[8] != 0,
+                                   f[3], f[4]);
     case Step::kAttention:
       return attention::attention(tensor(0), tensor(1), tensor(2), tensor(3), f[0], f[1], given(4), given(5));
     default:

@@ -80,14 +80,21 @@ float checked_scale(const char* name, double given) {
   return scale;
 }
 
-// The one scale of statically quantized activations; and that of y, where the linear behind this one reads int8.
-void set_scales(QpassCall& call, const QpassKernel& kernel, std::optional<double> x, std::optional<double> y) {
+// The one scale of statically quantized activations, and what is taken off them before; and those of y, where the linear
+// behind this one reads int8.
+void set_quantizers(QpassCall& call, const QpassKernel& kernel, std::optional<double> x, std::optional<double> y,
+                    double x_shift, double y_shift) {
   const bool is_static = kernel.rule == QPASS_A8_STATIC;
   CHECK(is_static == x.has_value(), "format ", kernel.format, is_static ? " needs an x_scale" : " takes no x_scale");
   CHECK(is_static || !call.x_int8, "format ", kernel.format, " takes no int8 x");
   CHECK(!call.x_int8 || call.norm == QPASS_NO_NORM, "an int8 x is not normalized");
   if (x) call.x_scale = checked_scale("x_scale", *x);
   if (y) call.y_scale = checked_scale("y_scale", *y);
+  CHECK(std::isfinite(float(x_shift)) && std::isfinite(float(y_shift)), "x_shift and y_shift must be finite");
+  CHECK(x || x_shift == 0, "x_shift goes with an x_scale");
+  CHECK(y || y_shift == 0, "y_shift goes with a y_scale");
+  call.x_shift = float(x_shift);
+  call.y_shift = float(y_shift);
 }
 
 // Rotation of x, and of y for the linear behind this one: whole blocks of 64.
@@ -127,7 +134,7 @@ Tensor packed_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::o
                      int64_t norm, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double norm_eps,
                      std::optional<double> x_scale, std::optional<Tensor> outliers,
                      std::optional<Tensor> outlier_weight, std::optional<double> y_scale, std::optional<int64_t> dtype,
-                     bool rotate, bool y_rotate) {
+                     bool rotate, bool y_rotate, double x_shift, double y_shift) {
   CHECK(x.is_cpu(), "x must be on the CPU");
   const bool x_int8 = x.scalar_type() == ScalarType::Char;
   CHECK(x_int8 == dtype.has_value(), x_int8 ? "an int8 x needs a dtype" : "dtype is for an int8 x; it is x's otherwise");
@@ -157,7 +164,7 @@ Tensor packed_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::o
   call.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
   call.bias = vector_of(op, "bias", bias, n, "outputs");
   set_norm(call, norm, norm_weight, norm_bias, norm_eps);
-  set_scales(call, kernel, x_scale, y_scale);
+  set_quantizers(call, kernel, x_scale, y_scale, x_shift, y_shift);
   set_rotation(call, kernel, rotate, y_rotate);
   set_outliers(call, kernel, outliers, outlier_weight);
   Tensor y = empty(shape, y_scale ? QPASS_I8 : call.dtype);

@@ -142,7 +142,7 @@ void store_block(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_
                    : store_whole<F, Dtype, false>(c, p, block, row, rows, total, total_up);
   }
   const Block b(c, block);
-  const F32 inverse = set(c.y_scale != 0 ? 1.0f / c.y_scale : 0.0f);
+  const F32 inverse = set(c.y_scale != 0 ? 1.0f / c.y_scale : 0.0f), shift = set(c.y_shift);
   alignas(64) float outliers[2][kOutlierRows * kBlock];
   for (int64_t m = row; m < row + rows; m++, total += terms * kBlock, total_up += terms * kBlock) {
     const float token_scale = F::rule == QPASS_A8_TOKEN ? p.scale(0)[m] : c.x_scale;
@@ -160,6 +160,7 @@ void store_block(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_
       };
       F32 v = c.glu ? b.value<Dtype, true>(own(total, 0), own(total_up, 1), m, i, lanes)
                     : b.value<Dtype, false>(own(total, 0), F32{}, m, i, lanes);
+      if (c.y_scale != 0) v = sub(v, shift);
       if (c.y_rotate) rotated[i] = v;
       else if (c.y_scale != 0) store_float<QPASS_I8>(c.y, m * c.y_stride + b.n + i * kLanes, mul(v, inverse), lanes);
       else store_float<Dtype>(c.y, m * c.y_stride + b.n + i * kLanes, v, lanes);

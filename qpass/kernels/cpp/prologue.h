@@ -51,20 +51,21 @@ struct Prepared {
   float* scale(int64_t group) const { return scales + group * stride; }
 };
 
-// The inputs of one token, 16 at a time, zeros behind the end; normalized in fp32 where the call says so. `Rounds`:
-// normalized inputs are rounded to the model's dtype, as they are multiplied (a16); int8 ones are rounded once, to int8,
-// and outliers are zeros there.
-template <int Dtype, bool Normalizes, bool Rounds>
+// The inputs of one token, 16 at a time, zeros behind the end; normalized in fp32 where the call says so. a16: rounded to
+// the model's dtype then, as they are multiplied; int8 ones are rounded once, to int8, and outliers are zeros there.
+template <int Dtype, bool Normalizes, int Rule>
 struct Inputs {
+  static constexpr bool kRounds = Rule == QPASS_A16 && Dtype != QPASS_F32;
+  static constexpr bool kShifts = Rule == QPASS_A8_STATIC && Dtype != QPASS_I8;  // codes were shifted before they were made
   const void* x;
   int64_t k;
   const float* weight = nullptr;
   const float* bias = nullptr;
   const int32_t* inliers;
-  F32 mean = set(0.0f), inverse = set(1.0f);
+  F32 mean = set(0.0f), inverse = set(1.0f), shift;
 
   explicit Inputs(const QpassCall& c, int64_t row)
-      : x((const char*)c.x + row * c.x_stride * size_of(Dtype)), k(c.k), inliers(c.kept) {
+      : x((const char*)c.x + row * c.x_stride * size_of(Dtype)), k(c.k), inliers(c.kept), shift(set(c.x_shift)) {
     if constexpr (Normalizes) {
       weight = c.norm_weight, bias = c.norm_bias;
       const float count = float(k);
@@ -93,7 +94,8 @@ struct Inputs {
     return select(less(load(lane), set(int32_t(k > i ? k - i : 0))), v, set(0.0f));
   }
   QPASS_INLINE F32 operator()(int64_t i) const {
-    const F32 v = all(i);
+    F32 v = all(i);
+    if constexpr (kShifts) v = kept(sub(v, shift), i);
     return inliers && i < k ? from_bits(and_(bits(v), load(inliers + i))) : v;
   }
   // With the outliers.
@@ -105,7 +107,7 @@ struct Inputs {
     if (weight) v = mul(v, load_float<QPASS_F32>(weight, i, n));
     if (bias) v = add(v, load_float<QPASS_F32>(bias, i, n));
     v = kept(v, i);
-    if constexpr (Rounds && Dtype != QPASS_F32) {
+    if constexpr (kRounds) {
       alignas(64) uint16_t rounded[kLanes];
       store_float<Dtype>(rounded, 0, v);
       v = load_float<Dtype>(rounded, 0);
@@ -258,7 +260,7 @@ template <class F, int Dtype, bool Normalizes>
 void prepare_rows(const QpassCall& c, int64_t row_begin, int64_t row_end) {
   const Prepared<F> p(c);
   for (int64_t row = row_begin; row < row_end; row++) {
-    const Inputs<Dtype, Normalizes, F::a16> x(c, row);
+    const Inputs<Dtype, Normalizes, F::rule> x(c, row);
     if constexpr (F::a16) prepare_a16<F, Dtype>(c, p, row, x);
     else if (c.rotate && !c.x_int8) prepare_rotated<F>(c, p, row, x);
     else prepare_a8<F>(c, p, row, x);
