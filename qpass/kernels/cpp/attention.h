@@ -6,23 +6,20 @@
 #include "attention_tiles.h"
 #endif
 
-#ifndef QPASS_ATTENTION_ROWS
-#define QPASS_ATTENTION_ROWS 96  // of a task: their queries and totals stay in the L2 cache, a block is packed once for all
-#endif
-
 namespace qpass::attention {
 
-// How the rows of a task are taken: several in registers, or 16 in tiles.
+// How the rows of a task are taken: several in registers, or 16 in tiles. A task has `most` rows, whose queries and totals
+// stay in the L2 cache (2 MB where there are tiles); a block is packed once for all of them.
 template <bool Tiles>
 struct Ways {
-  static constexpr int rows = kTileRows;
+  static constexpr int rows = kTileRows, most = 96;
   using Memory = Tile;
   struct Registers {};
 };
 #ifdef QPASS_AMX
 template <>
 struct Ways<true> {
-  static constexpr int rows = tiles::kRows;
+  static constexpr int rows = tiles::kRows, most = 192;
   using Memory = tiles::Tile;
   using Registers = tiles::Registers;
 };
@@ -35,6 +32,7 @@ struct Kernel {
   using Memory = typename Way::Memory;
 
   static int64_t group(const Call& c) { return c.heads / c.shared; }
+  static int64_t runs_of(int64_t rows) { return (rows + Way::rows - 1) / Way::rows; }
   static int64_t rows(const Call& c) { return group(c) * c.queries; }  // of one key head
   static int64_t key_words(const Call& c) { return ceil_to(words<T>(c.width), kLanes); }
   static int64_t value_stride(const Call& c) { return ceil_to(c.value_width, kTileVectors > 2 ? 2 * kLanes : kLanes); }
@@ -43,7 +41,7 @@ struct Kernel {
   static void plan(Call* call) {
     Call& c = *call;
     const int64_t pairs = c.batch * c.shared, least = 4 * kTileRows;
-    c.rows_per_task = QPASS_ATTENTION_ROWS;
+    c.rows_per_task = Way::most;
     auto pieces = [&] { return (rows(c) + c.rows_per_task - 1) / c.rows_per_task; };
     while (pairs * pieces() < 4 * c.threads && c.rows_per_task > least && rows(c) > c.rows_per_task / 2)
       c.rows_per_task /= 2;
@@ -64,6 +62,7 @@ struct Kernel {
   struct Scratch {
     Memory* tile;
     Row* rows;
+    Run* runs;
     float* scales;  // [2][64]
     uint32_t *q, *keys, *values;
     float* totals;
@@ -73,6 +72,7 @@ struct Kernel {
       auto take = [&](int64_t size) { return (at += ceil_to(size, 64)) - ceil_to(size, 64); };
       tile = (Memory*)take(sizeof(Memory));
       rows = (Row*)take(c.rows_per_task * int64_t(sizeof(Row)));
+      runs = (Run*)take(runs_of(c.rows_per_task) * int64_t(sizeof(Run)));
       scales = (float*)take(2 * kKeys * 4);
       q = (uint32_t*)take((c.rows_per_task + Way::rows) * key_words(c) * 4);  // a tile reads behind the last row
       keys = (uint32_t*)take(key_words(c) * kKeys * 4);
@@ -102,24 +102,25 @@ struct Kernel {
     return (const char*)h.data + (batch * h.batch + head * h.head + token * h.token) * element;
   }
 
-  // The task's queries and spans; returns the range of slots that any of them sees.
+  // The task's queries, spans and runs, of almost equal height; returns the range of slots that any of them sees.
   static Slots gather(const Call& c, const Task& t, const Scratch& s) {
     constexpr int64_t element = T::dtype == QPASS_F32 ? 4 : 2;
     using Query = Types<T::dtype, false>;
-    int64_t begin = c.slots, end = 0;
+    Run all = {0, int(t.rows), int32_t(c.slots), 0};
     for (int64_t i = 0; i < t.rows; i++) {
       const int32_t* span = c.spans + (t.batch * c.queries + t.query(c, i)) * 2;
       const int64_t head = t.head(c, i);
       s.rows[i] = {span[0], span[1], c.slopes ? c.slopes[head] * kLog2e : 0.0f};
-      if (span[0] < span[1]) {
-        begin = span[0] < begin ? span[0] : begin;
-        end = span[1] > end ? span[1] : end;
-      }
       const char* q = at(c.q, element, t.batch, head, t.query(c, i));
       for (int64_t w = 0; w < words<T>(c.width); w += kLanes)
         store(s.q + i * key_words(c) + w, load_words<Query>(q, w, c.width));
     }
-    return {nullptr, 0, begin, end, false};
+    const int64_t runs = runs_of(t.rows);
+    for (int64_t i = 0, row = 0; i < runs; row += s.runs[i++].height) {
+      Run& run = s.runs[i] = {row, int(t.rows / runs + (i < t.rows % runs)), int32_t(c.slots), 0};
+      for (int m = 0; m < run.height; m++) run.take_in(s.rows[row + m]), all.take_in(s.rows[row + m]);
+    }
+    return {nullptr, 0, all.first, all.last, false};
   }
 
   static Slots slots_of(const QpassHeads& h, const Task& t, const Slots& all, int64_t start) {
@@ -139,8 +140,8 @@ struct Kernel {
   static void accumulate(const Call& c, const Task& t, const Scratch& s, const Slots& all, int64_t start,
                          const Totals& totals) {
     const int64_t stride = value_stride(c);
-    Score how = {c.scale, 0.0f, kLog2e, nullptr, nullptr};
-    if (c.softcap != 0) how.scale /= c.softcap, how.cap = c.softcap;
+    Score how = {c.scale * kLog2e, 0.0f, nullptr, nullptr};
+    if (c.softcap != 0) how.scale = c.scale / c.softcap, how.cap = c.softcap * kLog2e;
     const Slots k = slots_of(c.k, t, all, start), v = slots_of(c.v, t, all, start);
     if constexpr (T::codes) {
       how.k_scales = scales_of(k, c.width, s.scales);
@@ -149,26 +150,23 @@ struct Kernel {
     pack_keys<T>(k, c.width, s.keys);
     pack_values<T>(v, c.value_width, stride, s.values);
     const Block block = {start, s.keys, s.values, words<T>(c.width), stride};
-    const int64_t tiles = (t.rows + Way::rows - 1) / Way::rows;
-    for (int64_t i = 0, row = 0; i < tiles; i++) {  // of almost equal height
-      const int height = int(t.rows / tiles + (i < t.rows % tiles));
-      bool sees = false;
-      for (int m = 0; m < height; m++)
-        sees |= s.rows[row + m].first < start + kKeys && s.rows[row + m].last > start;
-      if (sees) add_tile(height, s.q + row * key_words(c), key_words(c), s.rows + row, block, how, *s.tile, totals, row);
-      row += height;
-    }
-  }
-
-  static void add_tile(int height, const uint32_t* q, int64_t q_stride, const Row* rows, const Block& b,
-                       const Score& how, Memory& tile, const Totals& totals, int64_t row) {
-    float *maxima = totals.maxima + row, *sums = totals.sums + row * kLanes;
-    float* values = totals.values + row * b.value_stride;
+    Run runs[Way::most / Way::rows + 1];  // those that see of the block
+    int count = 0;
+    for (int64_t i = 0; i < runs_of(t.rows); i++)
+      if (s.runs[i].first < start + kKeys && s.runs[i].last > start) runs[count++] = s.runs[i];
+    const int64_t q_stride = key_words(c);
 #ifdef QPASS_AMX
-    if constexpr (T::tiles)
-      return tiles::add_block<T>(height, q, q_stride, rows, b, how, tile, maxima, sums, values);
+    if constexpr (T::tiles) return tiles::add_block<T>(runs, count, s.q, q_stride, s.rows, block, how, *s.tile, totals);
     else
 #endif
+    for (int i = 0; i < count; i++)
+      add_run(runs[i].height, s.q + runs[i].row * q_stride, q_stride, s.rows + runs[i].row, block, how, *s.tile, totals, runs[i].row);
+  }
+
+  static void add_run(int height, const uint32_t* q, int64_t q_stride, const Row* rows, const Block& b, const Score& how,
+                      Tile& tile, const Totals& totals, int64_t row) {
+    float *maxima = totals.maxima + row, *sums = totals.sums + row * kLanes;
+    float* values = totals.values + row * b.value_stride;
     switch (height) {
       case 1:
         return add_block<T, 1>(q, q_stride, rows, b, how, tile, maxima, sums, values);
