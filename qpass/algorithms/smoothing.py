@@ -31,7 +31,10 @@ CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
 """Shares of the largest magnitude at which a static scale may cut off."""
 
 ONE_SIDED = 0.95
-"""An asymmetric quantizer is tried where its step is at most this share of the symmetric one's."""
+"""An asymmetric quantizer is tried where its step is at most this share of the symmetric one's ..."""
+
+SHIFT_SAVES = 0.8
+"""... and taken where no more than this share of the error is left."""
 
 ROWS = 256
 """Outputs of a layer on which errors are measured, evenly spread."""
@@ -136,16 +139,17 @@ class _Layer:
         flat = self.rows if s is None else self.rows / s
         flat = rotated(flat) if rotate else flat
         codes = [_codes(w, s, rotate, scheme) for w, scheme in zip(self.parts, self.schemes, strict=True)]
-        quantizers = self._quantizers(flat, s, rotate) if self.static else [(None, 0.0)]
-        return min(
-            (
-                Smoothed(alpha, s, scale, self._error(flat, codes, scale, shift), rotate, shift)
-                for scale, shift in quantizers
-            ),
-            key=self.cost,
-        )
+        if not self.static:
+            return Smoothed(alpha, s, None, self._error(flat, codes, None, 0.0), rotate)
+        tried = [
+            Smoothed(alpha, s, scale, self._error(flat, codes, scale, shift), rotate, shift)
+            for scale, shift in self._quantizers(flat, s, rotate)
+        ]
+        best = min((found for found in tried if not found.shift), key=self.cost)
+        shifted = min((found for found in tried if found.shift), key=self.cost, default=best)
+        return shifted if self.cost(shifted) <= SHIFT_SAVES * self.cost(best) else best
 
-    def _quantizers(self, flat: Tensor, s: Tensor | None, rotate: bool) -> list[tuple[float | None, float]]:
+    def _quantizers(self, flat: Tensor, s: Tensor | None, rotate: bool) -> list[tuple[float, float]]:
         """Static scales and shifts of ``flat`` that are tried. What is rotated lies about zero."""
         if rotate:
             low, high = -float(flat.abs().max()), float(flat.abs().max())
@@ -156,7 +160,7 @@ class _Layer:
         cuts = [peak * clip for clip in CLIPS]
         if s is None and not rotate and self.clip is not None:
             cuts.append(max(self.clip, 1e-30))
-        found: list[tuple[float | None, float]] = [(cut / 127, 0.0) for cut in cuts]
+        found = [(cut / 127, 0.0) for cut in cuts]
         for cut in cuts:
             bottom, top = max(low, -cut), min(high, cut)
             if top - bottom <= ONE_SIDED * 2 * cut:
