@@ -42,8 +42,8 @@ class Layer:
             "inputs 8",
             "attention %0 %1 %2 %3 0.125 0.0 - -",
             "flatten %8",
-            f"packed_linear %9 %4 - - %5 {K} {K} {FORMAT.number} 0 0 0 - - 0.0 - - - - - 0 0",
-            f"packed_linear %10 %6 - - - 64 {K} {FORMAT.number} 4 1 1 %7 - 1e-06 - - - - - 0 0",
+            f"packed_linear %9 %4 - - %5 {K} {K} {FORMAT.number} 0 0 0 - - 0.0 - - - - - 0 0 0.0 0.0",
+            f"packed_linear %10 %6 - - - 64 {K} {FORMAT.number} 4 1 1 %7 - 1e-06 - - - - - 0 0 0.0 0.0",
             "return %10 %11",
         ]
     )
