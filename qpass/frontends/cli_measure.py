@@ -46,7 +46,13 @@ def kernels(
 def profile(
     model: Model,
     scheme: SchemeOption = "w4a16-g128",
-    context: Annotated[int, typer.Option(min=1, help="How many tokens stand before the one that is timed.")] = 512,
+    context: Annotated[int, typer.Option(min=1, help="How many tokens stand before what is timed.")] = 512,
+    step: Annotated[
+        str,
+        typer.Option(
+            help="What is timed: token, verify:K (K drafted tokens checked at once), or prompt (of --context)."
+        ),
+    ] = "token",
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -61,12 +67,19 @@ def profile(
     kv: KV = None,
     debug: Debug = False,
 ) -> None:
-    """Where the time of one decode step goes: linears by shape, attention, the rest; a table and a picture."""
+    """Where the time of one step goes: linears by shape, attention, the rest; a table and a picture."""
     with spoken(debug):
         from qpass.frontends.commands import profile as command
 
         command.profile(
-            model, scheme=scheme, exclude=tuple(exclude or ()), lowering=lowering, context=context, output=output, kv=kv
+            model,
+            scheme=scheme,
+            exclude=tuple(exclude or ()),
+            lowering=lowering,
+            context=context,
+            step=step,
+            output=output,
+            kv=kv,
         )
 
 

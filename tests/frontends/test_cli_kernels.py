@@ -1,5 +1,6 @@
 """``qpass kernels`` and ``qpass profile``: every site and every part with its numbers, and what is wrong in one sentence."""
 
+import json
 import re
 
 import pytest
@@ -39,6 +40,23 @@ def test_profile_adds_up_and_draws(checkpoint, tmp_path):
     assert picture.read_text().startswith("<?xml")
 
 
+@needs_kernels
+@pytest.mark.parametrize(
+    ("step", "title"),
+    [("verify:3", "3 drafted tokens checked at a context of 20"), ("prompt", "a prompt of 20")],
+)
+def test_profile_of_other_steps(checkpoint, tmp_path, step, title):
+    record = tmp_path / "step.jsonl"
+    out = _qpass("profile", checkpoint, "--scheme", "w8a16", "--context", 20, "--step", step, "-o", record)
+    assert out.exit_code == 0, out.output
+    assert title in re.sub(r"\s+", " ", out.stdout)
+    settings = json.loads(record.read_text())["settings"]
+    calls = {part["name"]: part["calls"] for part in settings["parts"]}
+    assert settings["step"] == step
+    assert calls["attention"] == 2  # layers
+    assert calls["linear"] == 4 * 2 + 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -48,6 +66,8 @@ def test_profile_adds_up_and_draws(checkpoint, tmp_path):
         (("profile", "--exclude", "no.such.*"), "'no.such.*' matches none of the linear layers: lm_head"),
         (("profile", "--context", 10**7), "context"),
         (("profile", "-o", "step.txt"), ".png, .svg and .pdf"),
+        (("profile", "--step", "verify:99"), "verify:1 to verify:15"),
+        (("profile", "--step", "everything"), "accepted are token, prompt"),
     ],
 )
 def test_wrong_options_are_told(checkpoint, arguments, words):

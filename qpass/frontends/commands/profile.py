@@ -1,14 +1,22 @@
-"""``qpass profile``: where the time of a decode step goes, as a table and a picture."""
+"""``qpass profile``: where the time of a step goes, as a table and a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from qpass.errors import OptionError
 from qpass.frontends.commands import session
+
+if TYPE_CHECKING:
+    from qpass.runtime.decoder import Decoder
+
+WARM_UP, TOKENS, PROMPTS = 4, 16, 4
+"""Steps that are run before the timed ones, and those: of tokens, of prompts."""
 
 
 def profile(
@@ -18,6 +26,7 @@ def profile(
     exclude: Sequence[str],
     lowering: str | None,
     context: int,
+    step: str = "token",
     output: Path | None,
     kv: str | None = None,
 ) -> None:
@@ -25,7 +34,7 @@ def profile(
     session.check(model, scheme)
     import torch
 
-    from qpass.errors import OptionError, UnsupportedError
+    from qpass.errors import UnsupportedError
     from qpass.frontends.hf import load
     from qpass.measure import pictures
     from qpass.measure.bandwidth import measure_bandwidth_gbps
@@ -34,36 +43,24 @@ def profile(
 
     if output is not None and output.suffix not in (".png", ".svg", ".pdf", ".jsonl"):
         raise OptionError(f"--output {output}: accepted are .png, .svg and .pdf, and .jsonl for a record")
+    drafted = _drafted(step, context)
     loaded = load(model)
-    steps, warm_up = 16, 4
+    steps = TOKENS if drafted is not None else PROMPTS
     compile = session.compiler(scheme, exclude, lowering, release_weights=True)
     with named_kernels():
         ready = session.ready(loaded, compile, f"prompt and token step, {scheme}", kv)
     decoder = ready.decoder
     if decoder is None:
         raise UnsupportedError(ready.reason or f"{model} can't be decoded on a static cache")
-    room = context + 2 * steps + warm_up
-    if decoder.context is not None and room > decoder.context:
-        raise OptionError(
-            f"--context {context}: the model's context of {decoder.context} leaves room for {decoder.context - 2 * steps - warm_up}"
-        )
-    cache = decoder.allocate(1, room)
-    ids = torch.randint(
-        0, decoder.model.config.get_text_config().vocab_size, (1, context), generator=torch.Generator().manual_seed(0)
-    )
-    pad = torch.zeros(1, dtype=torch.int64)
-    with torch.no_grad():
-        decoder.prefill(ids, pad + context, cache)
-
-        def step(i: int) -> None:
-            position = torch.full((1,), context + i, dtype=torch.int64)
-            decoder.likeliest(ids[:, :1], position, pad, cache, context + i + 1)
-
-        found = profile_steps(step, steps, warm_up)
+    with torch.no_grad(), named_kernels():
+        run = _run(decoder, context, drafted)
+        run(0)  # compiles what is new
+        found = profile_steps(run, steps, WARM_UP)
     bandwidth = measure_bandwidth_gbps()
+    what = f"{Path(model).name}, {scheme}: {_title(drafted, context)}"
     console = Console(highlight=False)
     table = Table(
-        title=f"{Path(model).name}, {scheme}: one token at a context of {context}, {found.step_ms:.1f} ms",
+        title=f"{what}, {found.step_ms:.1f} ms",
         title_justify="left",
     )
     for column in ("part", "ms", "share", "calls", "GB/s", "of the memory's"):
@@ -86,13 +83,62 @@ def profile(
         markup=False,
     )
     if output is not None and output.suffix == ".jsonl":
-        about = {"model": Path(model).name, "scheme": scheme, "context": context, "threads": torch.get_num_threads()}
+        about = {
+            "model": Path(model).name,
+            "scheme": scheme,
+            "step": step,
+            "context": context,
+            "threads": torch.get_num_threads(),
+        }
         append(output, [found.record(about | {"bandwidth_gbps": round(bandwidth, 1)})])
         console.print(f"record: {output}", markup=False)
     elif output is not None:
         pictures.draw_profile(
             found,
-            f"{Path(model).name}, {scheme}: one token at a context of {context} takes {found.step_ms:.1f} ms",
+            f"{what} takes {found.step_ms:.1f} ms",
             output,
         )
         console.print(f"picture: {output}", markup=False)
+
+
+def _drafted(step: str, context: int) -> int | None:
+    """How many drafted tokens a step checks, 0 for none; None for a prompt. Raises OptionError."""
+    from qpass.runtime.verify import MOST
+
+    kind, _, count = step.partition(":")
+    if step == "prompt" and context >= 2:
+        return None
+    if step == "token":
+        return 0
+    if kind == "verify" and count.isdigit() and 1 <= int(count) < MOST:
+        return int(count)
+    raise OptionError(
+        f"--step {step}: accepted are token, prompt (of --context 2 or more) and verify:1 to verify:{MOST - 1}"
+    )
+
+
+def _title(drafted: int | None, context: int) -> str:
+    if drafted is None:
+        return f"a prompt of {context}"
+    return f"{f'{drafted} drafted tokens checked' if drafted else 'one token'} at a context of {context}"
+
+
+def _run(decoder: Decoder, context: int, drafted: int | None) -> Callable[[int], Any]:
+    """Step i, at a context of ``context + i``, or a prompt. Raises OptionError where the model has no room for it."""
+    import torch
+
+    room = context if drafted is None else context + drafted + 1 + 2 * TOKENS + WARM_UP
+    if decoder.context is not None and room > decoder.context:
+        raise OptionError(
+            f"--context {context}: the model's context of {decoder.context} leaves room for {decoder.context - (room - context)}"
+        )
+    cache = decoder.allocate(1, room)
+    vocabulary = decoder.model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
+    zero = torch.zeros(1, dtype=torch.int64)
+    if drafted is None:
+        return lambda i: decoder.prefill(ids, zero + context, cache)
+    block = ids[:, :1].repeat(1, drafted + 1)
+    step = decoder.verify if drafted else decoder.likeliest
+    decoder.prefill(ids, zero + context, cache)
+    return lambda i: step(block, zero + context + i, zero, cache, context + i + drafted + 1)
