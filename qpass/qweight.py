@@ -54,5 +54,38 @@ class QWeight:
         return (self.codes.float() - zeros.float()) * scales
 
 
+MOST_MULTIPLE, SIGNED_BYTE = 15, 127
+"""Of integer scales: the largest multiple, and the largest product of one with a code less its zero."""
+
+
+def row_scale(least: Tensor) -> Tensor:
+    """The next number up from ``least`` whose products with multiples are exact in fp32: of 12 bits; 1 for none."""
+    mantissa, exponent = torch.frexp(least)
+    up = torch.ldexp((mantissa * 4096).ceil() / 4096, exponent)
+    return torch.where(up > torch.finfo(torch.float32).tiny, up, torch.ones_like(up))
+
+
+def multiples(scales: Tensor, zeros: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Integer ``scales`` [N, K/G] as whole multiples, uint8 [N, K/G], of a scale a row, fp32 [N, 1].
+
+    Raises ValueError where they are none, or where a code less its zero, times the multiple, is no signed byte.
+    """
+    most, own = scales.amax(dim=1, keepdim=True), torch.zeros(scales.shape[0], 1)
+    for multiple in range(1, MOST_MULTIPLE + 1):
+        candidate = most / multiple
+        whole = (scales / candidate).round()
+        fits = ((whole * candidate == scales) & (whole >= 1)).all(dim=1, keepdim=True)
+        own = torch.where((own == 0) & fits, candidate, own)
+    if not bool((own > 0).all()):
+        raise ValueError(f"a row's scales are no whole multiples, 1 to {MOST_MULTIPLE}, of one positive number")
+    times = (scales / own).round()
+    top = (1 << bits) - 1
+    if zeros.is_floating_point() or int(zeros.max()) > top:
+        raise ValueError(f"zeros of integer scales are codes, at most {top}")
+    if bool((torch.maximum(zeros.float(), top - zeros.float()) * times > SIGNED_BYTE).any()):
+        raise ValueError("a code less its zero, times the multiple of its integer scale, can exceed a signed byte")
+    return times.to(torch.uint8), own
+
+
 def zero_dtype(format: Format) -> torch.dtype:
     return torch.float32 if format.float_zeros else torch.uint8

@@ -29,12 +29,16 @@ class Format:
     ``group`` is the number of consecutive inputs (along K) that share a scale and a zero; ``None`` means one per
     output channel. A symmetric format fixes every zero at ``2 ** (bits - 1)``. Zeros are codes unless ``float_zeros``
     says that they may be any number: then ``w = d * code + m`` is held too, as ``zero = -m / d``.
+
+    ``integer_scales``: a group's scale is a whole multiple, 1 to 15, of one scale a row, and ``(code - zero) * multiple`` a
+    signed byte, so that int8 products need no scale before the last input (2405.14597; the bytes are QServe's, 2405.04532).
     """
 
     bits: int
     group: int | None = None
     symmetric: bool = False
     float_zeros: bool = False
+    integer_scales: bool = False
 
     @property
     def max_code(self) -> int:
@@ -43,6 +47,11 @@ class Format:
     def groups_of(self, k: int) -> int:
         """Number of scales per output channel for K inputs; the last group may be short."""
         return 1 if self.group is None else -(-k // self.group)
+
+    @property
+    def token_rule(self) -> Activation:
+        """How int8 activations get scales as they come: where a group ends its sum, one a group is as cheap as one a token."""
+        return "a8-token" if self.group is None or self.integer_scales else "a8-token-group"
 
 
 @dataclass(frozen=True)
@@ -79,15 +88,17 @@ class Scheme:
             name += "-sym" if weight.symmetric else "-asym"
         if weight.float_zeros:
             name += "-floatzero"
+        if weight.integer_scales:
+            name += "-intscale"
         if activation == "a8-static":
             return cls(f"{name}-static", weight, activation)
         if int8 and weight == Format(8, None, True):
             name += "-dynamic"
-        return cls(name, weight, "a16" if not int8 else "a8-token-group" if weight.group else "a8-token")
+        return cls(name, weight, weight.token_rule if int8 else "a16")
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
-        """Read a scheme's name: ``w<bits>a<16|8>[-g<group>][-sym|-asym][-floatzero][-dynamic|-static|-outlier]``.
+        """Read a scheme's name: ``w<bits>a<16|8>[-g<group>][-sym|-asym][-floatzero|-intscale][-dynamic|-static|-outlier]``.
 
         Int8 is symmetric, fewer bits are asymmetric unless the name says otherwise. Raises :class:`SchemeError`, which
         names what is accepted.
@@ -99,8 +110,9 @@ class Scheme:
             raise SchemeError(f"unknown scheme {name!r}; accepted: {ACCEPTED}")
         bits, act = int(match["w"]), int(match["a"])
         group = int(match["g"]) if match["g"] else None
-        how, symmetry, float_zeros = match["how"], match["sym"], bool(match["floatzero"])
-        if (bits, act) == (16, 16) and group is None and not (symmetry or how or float_zeros):
+        how, symmetry, special = match["how"], match["sym"], match["special"]
+        float_zeros, integer_scales = special == "floatzero", special == "intscale"
+        if (bits, act) == (16, 16) and group is None and not (symmetry or how or special):
             return cls(name, None, "a16")
         if bits not in BITS or act not in (8, 16):
             raise SchemeError(f"unknown scheme {name!r}; accepted: {ACCEPTED}")
@@ -108,27 +120,30 @@ class Scheme:
             raise SchemeError(f"scheme {name!r}: group {group} is not one of {', '.join(map(str, GROUPS))}")
         if how and act != 8:
             raise SchemeError(f"scheme {name!r}: {how!r} speaks of int8 activations; accepted: {ACCEPTED}")
-        if how == "outlier" and (bits, group, symmetry, float_zeros) != (8, None, None, False):
+        if integer_scales and (act != 8 or bits == 8 or group is None):
+            raise SchemeError(
+                f"scheme {name!r}: integer scales are for groups of 2 to 4 bits and int8 activations, as in w4a8-g128-intscale"
+            )
+        if how == "outlier" and (bits, group, symmetry, special) != (8, None, None, None):
             raise SchemeError(f"scheme {name!r}: outliers are kept apart in w8a8-outlier only; accepted: {ACCEPTED}")
         if float_zeros and symmetry == "sym":
             raise SchemeError(f"scheme {name!r}: a symmetric format has no zeros of its own, so no 'floatzero'")
         symmetric = symmetry == "sym" if symmetry else bits == 8 and not float_zeros
-        format = Format(bits, group, symmetric, float_zeros)
+        format = Format(bits, group, symmetric, float_zeros, integer_scales)
         if how == "static":
             return cls(name, format, "a8-static")
-        activation: Activation = "a16" if act == 16 else "a8-token-group" if group else "a8-token"
-        return cls(name, format, activation, outliers=how == "outlier")
+        return cls(name, format, "a16" if act == 16 else format.token_rule, outliers=how == "outlier")
 
 
 _NAME = re.compile(
-    r"w(?P<w>\d+)a(?P<a>\d+)(?:-g(?P<g>\d+))?(?:-(?P<sym>sym|asym))?(?P<floatzero>-floatzero)?"
+    r"w(?P<w>\d+)a(?P<a>\d+)(?:-g(?P<g>\d+))?(?:-(?P<sym>sym|asym))?(?:-(?P<special>floatzero|intscale))?"
     r"(?:-(?P<how>dynamic|static|outlier))?"
 )
 
 ACCEPTED = (
     "w16a16, w8a16, w8a8-dynamic, w<2|3|4>a<16|8>, w<2|3|4|8>a<16|8>-g<16|32|64|128>, each with -sym or -asym behind it "
     "where it should differ from the default (int8 symmetric, fewer bits asymmetric), or -floatzero for zeros that are no "
-    "codes, and with -static behind that where int8 activations should have one scale from calibration; w8a8-outlier"
+    "codes, or -intscale for group scales that are whole multiples of one a row (2 to 4 bits with int8 activations), and with -static behind that where int8 activations should have one scale from calibration; w8a8-outlier"
 )
 
 SCHEMES: dict[str, Scheme] = {
@@ -145,6 +160,7 @@ SCHEMES: dict[str, Scheme] = {
         "w4a8-g32",
         "w4a8-g64",
         "w4a8-g128",
+        "w4a8-g128-intscale",
         "w3a16-g64",
         "w2a16-g32",
     )

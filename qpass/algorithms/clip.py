@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qpass.algorithms.rtn import grouped, storable
+from qpass.algorithms.rtn import grouped, ranged, storable, whole_multiples
 from qpass.qweight import QWeight, zero_dtype
 from qpass.scheme import Format
 
@@ -59,22 +59,24 @@ def fit(weight: Tensor, format: Format, importance: Tensor | None = None) -> tup
         if not bool(torch.isfinite(w).all()):
             raise ValueError("the weight holds NaN or infinity")
         scales[rows], zeros[rows] = _fit_chunk(w, format, cost)
-    return storable(scales, format), zeros
+        if format.integer_scales:  # a group of zeros has no say in its row's scale
+            scales[rows] *= w.abs().amax(dim=2) > 0
+    return (whole_multiples(scales, zeros, format)[0] if format.integer_scales else storable(scales, format)), zeros
 
 
 def span(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     """Scales and zeros, fp32 [N, K/G], of the whole range from minimum to maximum: those of round to nearest."""
     n, k = weight.shape
     groups, group = format.groups_of(k), format.group or k
-    scales, zeros = torch.empty(n, groups), torch.empty(n, groups)
+    scales, lowest = torch.empty(n, groups), torch.empty(n, groups)
     for rows in _chunks(n, k):
-        scales[rows], zeros[rows] = _whole(grouped(weight[rows], groups, group), format)
-    scales = storable(scales, format)
-    if not format.symmetric:  # the zero belongs to the scale that is stored
-        for rows in _chunks(n, k):
-            low, _ = _ends(grouped(weight[rows], groups, group), format)
-            zeros[rows] = _zeros(low, scales[rows], format)
-    return scales, zeros
+        w = grouped(weight[rows], groups, group)
+        if format.symmetric:
+            scales[rows] = w.abs().amax(dim=2) / ((1 << (format.bits - 1)) - 1)
+        else:
+            low, high = _ends(w, format)
+            lowest[rows], scales[rows] = low, (high - low) / format.max_code
+    return ranged(scales, lowest, format)
 
 
 def _fit_chunk(w: Tensor, format: Format, cost: Cost) -> tuple[Tensor, Tensor]:

@@ -133,7 +133,8 @@ def gptq(
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("the weight holds NaN or infinity")
     in_order = bool((shared.order == torch.arange(k)).all())
-    ranges = _Ranges(weight, format, shared, grid, moving=in_order and format.group is not None)
+    moving = in_order and format.group is not None and not format.integer_scales  # which are found for all of a row
+    ranges = _Ranges(weight, format, shared, grid, moving=moving)
     step = block if not ranges.moving else -(-block // ranges.group) * ranges.group
 
     # Transposed, so that a column lies together.

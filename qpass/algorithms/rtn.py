@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qpass.qweight import QWeight, zero_dtype
+from qpass.qweight import MOST_MULTIPLE, SIGNED_BYTE, QWeight, row_scale, zero_dtype
 from qpass.scheme import Format
 
 AT_ONCE = 1 << 18
@@ -19,8 +19,8 @@ def rtn(weight: Tensor, format: Format) -> QWeight:
 
     Asymmetric: ``scale = (max - min) / max_code`` with the range widened to hold 0, so that 0 is exact (not so with
     float_zeros). Symmetric: ``scale = absmax / (2**(bits-1) - 1)`` around the middle code. Grouped scales are rounded up to float16, whose
-    half size pays in bandwidth, unless one of the tensor's scales is outside of float16's normal range. A group of
-    zeros gets scale 1 and codes at its zero. Raises ValueError for a weight that holds NaN or infinity.
+    half size pays in bandwidth, unless one of the tensor's scales is outside of float16's normal range; integer scales go to
+    the nearest multiple. A group of zeros gets any scale and codes at its zero. Raises ValueError for a weight that holds NaN or infinity.
     """
     n, k = weight.shape
     group = k if format.group is None else format.group
@@ -42,10 +42,7 @@ def rtn(weight: Tensor, format: Format) -> QWeight:
                 low, high = low.clamp_(max=0), high.clamp_(min=0)
             lowest[rows] = low
             scales[rows] = (high - low) / format.max_code
-    scales = storable(scales, format)
-    zeros = torch.full_like(scales, middle) if format.symmetric else -lowest / scales
-    if not format.float_zeros:
-        zeros = zeros.round_().clamp_(0, format.max_code)
+    scales, zeros = ranged(scales, lowest, format)
 
     codes = torch.empty(n, k, dtype=torch.uint8)
     smallest = 1 if format.symmetric else 0  # keeps symmetric codes symmetric around the middle
@@ -62,10 +59,42 @@ def grouped(weight: Tensor, groups: int, group: int) -> Tensor:
     return torch.nn.functional.pad(w, (0, groups * group - w.shape[1])).view(-1, groups, group)
 
 
+def ranged(scales: Tensor, lowest: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """Storable scales and their zeros, fp32 [N, K/G], of ranges that begin at ``lowest`` [N, K/G]."""
+
+    def zeros_of(scales: Tensor) -> Tensor:
+        if format.symmetric:
+            return torch.full_like(scales, 1 << (format.bits - 1))
+        zeros = -lowest / scales
+        return zeros if format.float_zeros else zeros.round_().clamp_(0, format.max_code)
+
+    if not format.integer_scales:
+        scales = storable(scales, format)
+        return scales, zeros_of(scales)
+    scales, times = whole_multiples(scales, zeros_of(_positive(scales)), format)
+    most = (SIGNED_BYTE / times).floor()  # a zero moved with its scale
+    return scales, zeros_of(scales).minimum(most).maximum((format.max_code - most).clamp(min=0))
+
+
+def whole_multiples(scales: Tensor, zeros: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """The nearest scales [N, K/G] that are whole multiples of one a row, and the multiples, both fp32.
+
+    The row's scale is as small as products of signed bytes allow.
+    """
+    reach = torch.maximum(zeros, format.max_code - zeros)
+    most = (SIGNED_BYTE / reach).floor().clamp(max=MOST_MULTIPLE)
+    own = row_scale((scales / most).amax(dim=1, keepdim=True))
+    times = (scales / own).round().clamp(min=1).minimum(most)
+    return times * own, times
+
+
+def _positive(scales: Tensor) -> Tensor:
+    return torch.where(scales > torch.finfo(torch.float32).tiny, scales, torch.ones_like(scales))
+
+
 def storable(scales: Tensor, format: Format) -> Tensor:
     """Scales that packing keeps exactly: float16 where a group has its own and the range allows, fp32 otherwise."""
-    tiny = torch.finfo(torch.float32).tiny
-    scales = torch.where(scales > tiny, scales, torch.ones_like(scales))
+    scales = _positive(scales)
     if format.group is None or float(scales.min()) < HALF_TINY or float(scales.max()) > 32752.0:
         return scales
     half = scales.half()

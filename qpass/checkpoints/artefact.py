@@ -17,7 +17,7 @@ from qpass.checkpoints.bits import dense_bytes, pack_bits, unpack_bits
 from qpass.checkpoints.files import Checkpoint
 from qpass.checkpoints.stored import StoredLinear
 from qpass.checkpoints.validate import check_finite, check_number, check_tensor, refuse
-from qpass.qweight import QWeight, zero_dtype
+from qpass.qweight import QWeight, multiples, zero_dtype
 from qpass.scheme import BITS, GROUPS, Activation, Format
 
 METHOD = "qpass"
@@ -41,6 +41,7 @@ def to_tensors(linear: StoredLinear) -> tuple[dict[str, Tensor], dict[str, Any]]
         "group": format.group,
         "symmetric": format.symmetric,
         "float_zeros": format.float_zeros,
+        **({"integer_scales": True} if format.integer_scales else {}),
         "activation": linear.activation,
         "source": linear.source,
         "crc32": crc32(tensors),
@@ -127,6 +128,11 @@ class Artefact:
                 if zeros is None
                 else checkpoint.tensor(zeros.name)
             )
+            if format.integer_scales:
+                try:
+                    multiples(scale, zero, format.bits)
+                except ValueError as error:
+                    refuse(scales.file, scales.name, str(error))
             return QWeight(unpack_bits(stored, format.bits, k), scale, zero, format)
 
         source = entry.get("source")
@@ -145,7 +151,16 @@ class Artefact:
         for flag in ("symmetric", "float_zeros"):
             if not isinstance(entry.get(flag), bool):
                 refuse(self.where, f"{key}.{flag}", f"is {entry.get(flag)!r}; accepted: true, false")
-        return Format(bits, group, entry["symmetric"], entry["float_zeros"])
+        integer_scales = entry.get("integer_scales", False)
+        if integer_scales not in (True, False) or (
+            integer_scales and (group is None or bits == 8 or entry["float_zeros"])
+        ):
+            refuse(
+                self.where,
+                f"{key}.integer_scales",
+                f"is {integer_scales!r}; accepted: false, or true in groups of 2 to 4 bits",
+            )
+        return Format(bits, group, entry["symmetric"], entry["float_zeros"], bool(integer_scales))
 
     def _input(self, checkpoint: Checkpoint, module: str, k: int) -> tuple[Tensor | None, Tensor | None]:
         """Divisor and order of a layer's input. Raises CheckpointError for what divides by zero or is no permutation."""

@@ -24,7 +24,7 @@ from qpass.frontends.recipe import Choice, Recipe, read_json, write_json
 from qpass.frontends.simulate import Simulation, divergence, logits_of
 from qpass.frontends.statistics import Statistics
 from qpass.kernels import plan
-from qpass.kernels.format import KernelFormat
+from qpass.measure.linear import format_of
 from qpass.scheme import Scheme
 
 CANDIDATES = ("w16a16", "w8a8-dynamic", "w8a16", "w4a16-g32", "w4a16-g64", "w4a16-g128", "w4a8-g64", "w3a16-g64")
@@ -193,8 +193,7 @@ def _cost(shared: Shared, scheme: Scheme, cpu: Cpu) -> tuple[int, float]:
     assert cpu.rates is not None
     if scheme.weight is None:
         return n * k * size, plan.core_of(cpu.tier).call_seconds + n * k * size / cpu.rates.read_bytes
-    scale_bytes = 4 if scheme.weight.group is None else 2
-    format = KernelFormat(scheme.weight.bits, scheme.weight.group, scheme.activation, scale_bytes)
+    format = format_of(scheme)
     return format.packed_bytes(n, k), plan.plan(plan.Shape(1, n, k), format, cpu).seconds
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qpass.kernels.format import BLOCK, KernelFormat
+from qpass.qweight import multiples
 
 _LANES = 16
 _VECTORS = BLOCK // _LANES
@@ -30,16 +31,23 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, format: KernelFormat, glu
     """``codes`` uint8 [N, K], ``scales`` fp32 and ``zeros`` uint8 or fp32 [N, K/G] -> uint8 [packed bytes].
 
     ``glu`` marks a weight that stacks N/2 gate rows and N/2 up rows: their blocks of 64 alternate. The activation rule of
-    ``format`` doesn't matter here; its zeros have the type of ``zeros``. Padding has code, zero and scale 0.
+    ``format`` doesn't matter here; its zeros have the type of ``zeros``. Padding has code, zero and scale 0. Raises
+    ValueError for a format of integer scales where ``scales`` are none, or their products no signed bytes.
     """
     n, k = codes.shape
     b, g, kp = format.blocks(n, glu), format.groups(k), format.padded_k(k)
+    g = 1 if format.integer_scales else g
     codes = _blocked(F.pad(codes, (0, kp - k)) if kp > k else codes, b, glu)  # [B, 64, Kp]
     quads = codes.contiguous().view(torch.int32)  # four consecutive inputs each, [B, 64, Kp/4]
     quads = quads.view(b, _VECTORS, _LANES, g, kp // g // format.chunk, format.chunk // 4)  # [B, v, n, G, C, steps]
     quads = _joined(quads.permute(0, 3, 4, 1, 5, 2), format.bits)  # [B, G, C, v, steps, n]
     rows = quads.contiguous().view(b, g, -1).view(torch.uint8)  # [B, G, bytes of codes]
-    if format.scale_bytes == 2:
+    if format.integer_scales:
+        steps, scales = _steps(scales, zeros, format, kp)
+        steps = _blocked(steps, b, glu).transpose(1, 2)  # [B, C, 64]
+        rows = torch.cat([rows.view(b, steps.shape[1], -1), steps], dim=2).view(b, 1, -1)
+        zeros = torch.full((n, 1), 128, dtype=torch.uint8)
+    elif format.scale_bytes == 2:
         scales = scales.half()
     # [B, G, 64 * size of one]
     tail = [_blocked(t, b, glu).transpose(1, 2).contiguous().view(torch.uint8) for t in (scales, zeros)]
@@ -47,9 +55,19 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, format: KernelFormat, glu
     return torch.cat([rows, *tail], dim=2, out=packed).view(-1)
 
 
+def _steps(scales: Tensor, zeros: Tensor, format: KernelFormat, kp: int) -> tuple[Tensor, Tensor]:
+    """What a chunk's last line holds of each output, uint8 [N, Kp/chunk], and the outputs' own scales fp32 [N, 1]."""
+    times, own = multiples(scales, zeros, format.bits)
+    assert format.group is not None
+    chunk = (torch.arange(kp // format.chunk) * format.chunk // format.group).clamp(max=scales.shape[1] - 1)
+    return (times | zeros << 4)[:, chunk], own
+
+
 def unpack(packed: Tensor, n: int, k: int, format: KernelFormat, glu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of :func:`pack`: codes [N, K], scales fp32 [N, K/G], zeros [N, K/G]."""
     b, g, kp = format.blocks(n, glu), format.groups(k), format.padded_k(k)
+    if format.integer_scales:
+        return _unpack_integer(packed, n, k, format, glu)
     sizes = [BLOCK * kp // g * format.bits // 8, BLOCK * format.scale_bytes, BLOCK * format.zero_bytes]
     rows, scales, zeros = (t.contiguous() for t in packed.view(b, g, -1).split(sizes, dim=2))
     quads = _split(rows.view(torch.int32).view(b, g, kp // g // format.chunk, -1, _LANES), format)
@@ -58,6 +76,23 @@ def unpack(packed: Tensor, n: int, k: int, format: KernelFormat, glu: bool = Fal
     zeros = zeros.view(torch.float32) if format.zero_bytes == 4 else zeros
     parts = (codes, values.transpose(1, 2), zeros.transpose(1, 2))
     full = [_unblocked(t, n, glu) for t in parts]
+    return full[0][:, :k].contiguous(), full[1], full[2]
+
+
+def _unpack_integer(packed: Tensor, n: int, k: int, format: KernelFormat, glu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`unpack`, of a format with integer scales."""
+    b, kp = format.blocks(n, glu), format.padded_k(k)
+    chunks = kp // format.chunk
+    codes_of = BLOCK * format.chunk * format.bits // 8
+    body, own, _ = packed.view(b, -1).split([chunks * (codes_of + BLOCK), 4 * BLOCK, BLOCK], dim=1)
+    rows, steps = body.reshape(b, chunks, -1).split([codes_of, BLOCK], dim=2)
+    quads = _split(rows.contiguous().view(torch.int32).view(b, 1, chunks, -1, _LANES), format)
+    codes = quads.permute(0, 3, 5, 1, 2, 4).contiguous().view(torch.uint8).view(b, BLOCK, kp)
+    assert format.group is not None
+    first = -(-torch.arange(format.groups(k)) * format.group // format.chunk)  # each group's first chunk
+    steps = steps.transpose(1, 2)[:, :, first]
+    own = own.contiguous().view(torch.float32).view(b, BLOCK, 1)
+    full = [_unblocked(t, n, glu) for t in (codes, (steps & 15).float() * own, steps >> 4)]
     return full[0][:, :k].contiguous(), full[1], full[2]
 
 

@@ -40,6 +40,7 @@ UNPACK_OPS = {
     (3, "a16"): 2.5,  # select, shift, lookup
     (2, "a16"): 1.75,
 }
+STEP_OPS = 2.5  # integer scales: multiply, subtract; and what a chunk's line becomes, for 16 operands
 LOAD_OPS = 0.5  # a load of 64 bytes beside arithmetic: two a cycle on every core since Haswell
 STORE_OPS = 2.0  # a store of 64 bytes: one a cycle
 PREPARE_OPS = {"a16": 12.0, "a8": 14.0}  # 16 inputs: widen, (largest, scale, round, narrow), sum, store
@@ -182,10 +183,12 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
     operands = n * k / macs_of_dot  # of 64 bytes
     dots = operands * shape.m
     spans = tier not in ("avx2", "avx_vnni") and (path == "panel" or (path == "stream" and passes > 1))
-    accumulates = path == "tiles" and format.group is None and not format.unpacks  # cpp/accumulate_amx.h
-    segment = k if accumulates else format.group or (SPAN if spans else SEGMENT)[kind]
+    accumulates = path == "tiles" and format.folds_once and kind == "a8"  # cpp/accumulate_amx.h
+    whole = (SPAN if spans else SEGMENT)[kind]  # inputs between stores where no group ends
+    segment = k if accumulates else whole if format.folds_once else format.group or whole
     folds = shape.m * n / LANES * -(-k // segment) / rates.vector_ops
-    unpacking = operands * UNPACK_OPS[format.bits, kind]
+    unpack_ops = UNPACK_OPS[format.bits, kind] + (STEP_OPS if format.integer_scales else 0.0)
+    unpacking = operands * unpack_ops
     if path == "tiles":
         rate = (rates.int8_tile_macs if kind == "a8" else rates.bf16_tile_macs) * core.tile_efficiency
         padded = passes * rows / shape.m if shape.m >= rows else 1.0  # the last tile's empty rows are multiplied too
@@ -197,7 +200,7 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
         height = min(shape.m, rows)
         multiplying = dots / rate * max(1.0, DOT_LATENCY[kind] / (height * 4))  # at least: too few sums in flight
         if path == "panel":
-            beforehand = operands * (UNPACK_OPS[format.bits, kind] + LOAD_OPS + STORE_OPS) / rates.vector_ops
+            beforehand = operands * (unpack_ops + LOAD_OPS + STORE_OPS) / rates.vector_ops
             compute = beforehand + max(multiplying, (dots + operands * LOAD_OPS * passes) / rates.vector_ops)
         else:
             times = 1 if path == "linear" else passes
@@ -280,6 +283,6 @@ def tuning(format: KernelFormat, cpu: Cpu, tier: Tier | None = None) -> Tuning:
 
 def refuse(format: KernelFormat, k: int) -> str | None:
     """Why no kernel of this format can take K inputs; None if one can."""
-    if format.group is None and format.rule != "a16" and 255 * 127 * format.padded_k(k) >= 1 << 31:
+    if format.folds_once and format.rule != "a16" and 255 * 127 * format.padded_k(k) >= 1 << 31:
         return f"K = {k} inputs of one channel can overflow the 32-bit sums of int8 products"
     return None

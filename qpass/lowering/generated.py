@@ -21,6 +21,7 @@ from qpass.ops.norm import NORMS
 from qpass.ops.packed_linear import DTYPES
 from qpass.ops.quantized_linear import bound_arguments
 from qpass.qweight import QWeight
+from qpass.scheme import Format
 
 _ALIKE = (
     "norm_weight",
@@ -59,23 +60,25 @@ class Generated:
         except KernelError as error:
             return str(error)
         try:
-            format = _formats(weight.bits, weight.group, site.scheme.activation, weight.float_zeros)[-1]
+            format = _formats(weight, site.scheme.activation)[-1]
         except ValueError as error:
             return str(error)
         return plan.refuse(format, site.k)
 
     def pack(self, weight: QWeight, *, glu: bool) -> tuple[Tensor, ...]:
-        narrow, wide = _formats(weight.format.bits, weight.format.group, "a16", weight.format.float_zeros)
-        format = narrow if scale_bytes(weight.scales) == narrow.scale_bytes else wide
+        formats = _formats(weight.format, "a8-token" if weight.format.integer_scales else "a16")
+        format = formats[0] if scale_bytes(weight.scales) == formats[0].scale_bytes else formats[-1]
         return (pack(weight.codes, weight.scales, weight.zeros, format, glu),)
 
     def emit(self, graph: fx.Graph, node: fx.Node, packed: tuple[fx.Node, ...]) -> fx.Node:
         args = bound_arguments(node)
         n, k = _tensor(graph, args["codes"]).shape
         size = _tensor(graph, packed[0]).numel()
-        float_zeros = _tensor(graph, args["zeros"]).is_floating_point()
-        formats = _formats(args["bits"], args["group"] or None, args["rule"], float_zeros)
-        format = next(f for f in formats if f.packed_bytes(n, k, args["glu"]) == size)
+        zeros = _tensor(graph, args["zeros"])
+        scheme = node.meta.get("qpass_scheme")
+        integer_scales = scheme is not None and scheme.weight.integer_scales
+        weight = Format(args["bits"], args["group"] or None, False, zeros.is_floating_point(), integer_scales)
+        format = next(f for f in _formats(weight, args["rule"]) if f.packed_bytes(n, k, args["glu"]) == size)
         load.ensure(format)
         operands = (args["x"], packed[0], args["bias"], args["mul"], args["residual"])
         numbers = (n, k, format.number, activation_number(args["activation"]), args["glu"])
@@ -91,7 +94,7 @@ class Generated:
         """What the performance model says of a call with M tokens; the first on a machine settles how it is walked."""
         weight = site.scheme.weight
         assert weight is not None
-        formats = _formats(weight.bits, weight.group, site.scheme.activation, weight.float_zeros)
+        formats = _formats(weight, site.scheme.activation)
         format = next(f for f in formats if f.packed_bytes(site.n, site.k, site.glu) == packed[0].numel())
         if not site.glu and tuning.kept(format, cpu, cpu.tier) is None:
             search(packed[0], site.n, site.k, format, cpu)
@@ -99,12 +102,12 @@ class Generated:
         return 1e3 * plan.plan(plan.Shape(m, site.n, site.k, site.glu), format, rated).seconds
 
 
-def _formats(bits: int, group: int | None, rule: str, float_zeros: bool) -> tuple[KernelFormat, KernelFormat]:
-    """With float16 and with fp32 scales. Raises ValueError for a combination that no kernel has."""
-    if group is None and rule == "a8-token-group":
+def _formats(weight: Format, rule: str) -> tuple[KernelFormat, ...]:
+    """With float16 and with fp32 scales, or with integer ones. Raises ValueError for a combination that no kernel has."""
+    if weight.group is None and rule == "a8-token-group":
         rule = "a8-token"  # one group a token is the token
-    zero_bytes = 4 if float_zeros else 1
-    return KernelFormat(bits, group, rule, 2, zero_bytes), KernelFormat(bits, group, rule, 4, zero_bytes)
+    zero_bytes, sizes = 4 if weight.float_zeros else 1, (1,) if weight.integer_scales else (2, 4)
+    return tuple(KernelFormat(weight.bits, weight.group, rule, size, zero_bytes) for size in sizes)
 
 
 def _tensor(graph: fx.Graph, node: fx.Node) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from qpass.errors import ReleasedWeightError
 from qpass.lowering import shelf
 from qpass.lowering.given import Given, given_of, hash_of
 from qpass.qactivation import rotated
-from qpass.qweight import QWeight
+from qpass.qweight import QWeight, multiples, row_scale
 from qpass.scheme import Format
 
 ROWS = 4096
@@ -224,6 +224,9 @@ def _scaled_codes(weight: QWeight, scaling: Scaling | None) -> QWeight:
     """
     if scaling is None or scaling.rows is None:
         return weight
+    if weight.format.integer_scales:
+        times, own = multiples(weight.scales, weight.zeros, weight.format.bits)
+        return replace(weight, scales=times * row_scale(own * scaling.rows[:, None]))
     scales = weight.scales * scaling.rows[:, None]
     half = scales.half().float()
     fits = torch.equal(weight.scales.half().float(), weight.scales) and bool(

@@ -46,7 +46,8 @@ def format_of(scheme: Scheme) -> KernelFormat:
     """The kernel format that round-to-nearest weights of a scheme have: float16 scales where a group has its own."""
     weight = scheme.weight
     assert weight is not None
-    return KernelFormat(weight.bits, weight.group, scheme.activation, 2 if weight.group else 4)
+    scale_bytes = 4 if weight.group is None else 1 if weight.integer_scales else 2
+    return KernelFormat(weight.bits, weight.group, scheme.activation, scale_bytes)
 
 
 def candidate(name: str, n: int, k: int) -> Candidate:
@@ -59,6 +60,8 @@ def candidate(name: str, n: int, k: int) -> Candidate:
     groups = format.groups(k)
     codes = torch.randint(0, 1 << format.bits, (n, k), dtype=torch.uint8, generator=generator)
     scales = (torch.rand(n, groups, generator=generator) / 1024 + 0.0009765625).half().float()
+    if format.integer_scales:
+        scales = torch.randint(1, 12, (n, groups), generator=generator) / 8192
     zeros = torch.full((n, groups), 1 << (format.bits - 1), dtype=torch.uint8)
     first = pack(codes, scales, zeros, format)
     copies = -(-COPIES_BYTES // first.numel())

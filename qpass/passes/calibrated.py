@@ -127,4 +127,4 @@ def bearable(scheme: Scheme) -> Scheme:
         return scheme
     if scheme.weight == BEARABLE.weight:
         return BEARABLE
-    return Scheme.of(scheme.weight, "a8-token-group" if scheme.weight.group else "a8-token")
+    return Scheme.of(scheme.weight, scheme.weight.token_rule)

@@ -64,6 +64,19 @@ FLOAT_ZEROS: dict[str, list[KernelFormat]] = {
 """Zeros that are no codes change how sums begin and end, which each rule and tier does its own way."""
 
 
+INTEGER_SCALES: dict[str, list[KernelFormat]] = {
+    tier: [KernelFormat(bits, group, rule, 1) for bits, group, rule in cases]
+    for tier, cases in {
+        "avx2": [(4, 128, "a8-token"), (3, 16, "a8-static")],
+        "avx_vnni": [(4, 32, "a8-token")],
+        "avx512": [(4, 128, "a8-token"), (2, 64, "a8-token")],
+        "avx512_vnni": [(4, 128, "a8-token"), (3, 64, "a8-token"), (3, 16, "a8-token"), (2, 32, "a8-static")],
+        "amx": [(4, 128, "a8-token"), (4, 64, "a8-static"), (3, 32, "a8-token"), (2, 16, "a8-token")],
+    }.items()
+}
+"""Groups that meet a scale an output: each has its way of making operands."""
+
+
 def _cases() -> list[tuple[KernelFormat, str]]:
     """What the slow tests run: every format on the machine's own tier, which other tests ask for too; on each other tier a
     covering, whose turns differ so that all formats but a few meet one of them; without BF16 and VBMI only what they
@@ -81,8 +94,9 @@ def _cases() -> list[tuple[KernelFormat, str]]:
     }
     if CPU.tier in chosen:
         chosen[CPU.tier] = FORMATS
-    for tier, formats in FLOAT_ZEROS.items():
-        chosen[tier] = chosen[tier] + formats
+    for extra in (FLOAT_ZEROS, INTEGER_SCALES):
+        for tier, formats in extra.items():
+            chosen[tier] = chosen[tier] + formats
     return [(f, tier) for tier, formats in chosen.items() if tier.removesuffix("-plain") in TIERS for f in formats]
 
 
@@ -134,6 +148,11 @@ class Weight:
         scales = (torch.rand(n, groups) * 0.01 + 0.005).half().float()
         if power_of_two:
             scales = torch.exp2(torch.randint(-8, -4, (n, groups)).float())
+        if format.integer_scales:
+            top = 1 << format.bits
+            most = (127 // torch.maximum(zeros.int() + 1, top - zeros.int())).clamp(max=15)
+            times = (torch.rand(n, groups) * most).int() + 1
+            scales = times * (scales[:, :1] if power_of_two else (torch.rand(n, 1) * 0.01 + 0.005).half().float())
         return cls(codes, scales, zeros, format, glu)
 
     @property

@@ -4,10 +4,6 @@
 
 namespace qpass::amx {
 
-// Whether a format is walked so: its codes are operands as they lie.
-template <class F>
-constexpr bool kAccumulates = !F::grouped && !F::unpacks;
-
 // What the memory is asked for while products run: the lines of a region, page after page and back. In each page the
 // hardware's prefetcher then runs ahead; line after line, all would wait in the few line fill buffers, which the
 // activations need too.
@@ -28,12 +24,16 @@ struct Asking {
   }
 };
 
-// Codes that are operands, without groups: integer sums wait where the totals will be, and tiles fetch and leave them.
+// Integer sums wait where the totals will be, and tiles fetch and leave them. Codes that are no operands yet become some
+// in a panel, before all rows multiply them.
 template <class F>
 struct Accumulator {
-  static constexpr int64_t kPitch = F::segment * F::element, kBytes = kBlock * 4, kTileBytes = kTileRows * kRow;
+  static constexpr int64_t kPitch = F::segment * F::element, kBytes = kBlock * 4;
   static constexpr int64_t kBelow = kTileRows * kBlock, kBeside = 2 * kLanes;  // from two tiles of sums to the other two
-  static constexpr int kTurn = 2;  // segments whose codes (32 KB) stay in L1 for all rows
+  static constexpr int kInputs = 64, kTileBytes = kTileRows * kRow;  // of a product
+  static constexpr int kInputsBytes = kInputs / F::chunk * F::chunk_bytes, kInputsTiles = kVectors * kTileBytes;
+  static constexpr int kAsked = 16;  // products of a vector whose codes are asked for together: some 32 KB
+  static constexpr int kTurn = F::unpacks ? 1 : 2;  // segments whose codes (32 KB) stay in L1 for all rows
 
   // Two tiles of sums side by side and two more, `others` floats behind; zeros for the first segments.
   static QPASS_INLINE void fetch(const float* sums, int64_t others, bool first) {
@@ -46,12 +46,65 @@ struct Accumulator {
     store<2>(sums + others, kBytes), store<3>(sums + others + kLanes, kBytes);
   }
 
+  // A tile of operands: 64 inputs of vector v, whose codes begin at w.
+  static QPASS_INLINE void fill(const uint8_t* w, int v, uint8_t* to) {
+    const Codes<F> codes;
+    for (int c = 0; c < kInputs; c += F::chunk, w += F::chunk_bytes) {
+      Steps<F> steps;
+      steps.read(w, v);
+#pragma GCC unroll 8
+      for (int r = 0; r < F::code_rows; r++) {
+        const int at = v * F::code_rows + r, half = F::bits == 3 ? at % 2 : 0;
+#pragma GCC unroll 4
+        for (int p = 0; p < F::planes; p++)
+          store_operand(to + (c / 4 + Codes<F>::step(r, p)) * kRow, steps(codes.plane(row_of<F>(w, at, half), half, p)));
+      }
+    }
+  }
+  // A segment's operands, [64 inputs][vector][step][64 bytes].
+  static void fill(const Segment& s, uint8_t* panel, Asking& asking) {
+    const uint8_t* w = s.codes;
+    for (int c = 0; c < s.chunks * F::chunk; c += kInputs, w += kInputsBytes)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++, panel += kTileBytes) fill(w, v, panel), asking.some();
+  }
+
+  // Up to 16 rows: operands are made between the products of those before them, and the sums stay in their tiles.
+  static void few(const uint8_t* weights, int64_t k, const Prepared<F>& p, int64_t row, int64_t begin, int64_t end,
+                  float* sums, uint8_t* panel) {
+    constexpr int64_t kOfSegment = F::segment / kInputs;
+    const int64_t first = begin * kOfSegment, last = min_of(end * kOfSegment, F::padded_k(k) / kInputs);
+    fetch(sums, kBeside, begin == 0);
+    for (int v = 0; v < kVectors; v++) fill(weights + first * kInputsBytes, v, panel + first % 2 * kInputsTiles + v * kTileBytes);
+    for (int64_t i = first; i < last;) {
+      const int64_t stop = min_of(i + kAsked, last);
+      Asking asking(weights + (i + kAsked) * kInputsBytes, (stop - i) * kInputsBytes, (stop - i) * kVectors);
+      for (; i < stop; i++) {
+        const uint8_t* next = weights + min_of(i + 1, last - 1) * kInputsBytes;
+        const uint8_t* operands = panel + i % 2 * kInputsTiles;
+        uint8_t* to = panel + (i + 1) % 2 * kInputsTiles;
+        load<4>(p.element(i / kOfSegment, row) + i % kOfSegment * kInputs, kPitch);
+        auto one = [&]<int V, int B>() __attribute__((always_inline)) {
+          load<B>(operands + V * kTileBytes, kRow);
+          product<F, V, 4, B>();
+          fill(next, V, to + V * kTileBytes);
+          asking.some();
+        };
+        one.template operator()<0, 5>();
+        one.template operator()<1, 6>();
+        one.template operator()<2, 7>();
+        one.template operator()<3, 5>();
+      }
+    }
+    leave(sums, kBeside);
+  }
+
   // 32 rows x 32 outputs: four loads for four products.
-  static QPASS_INLINE void square(const uint8_t* w, const uint8_t* x, int chunks, Asking& asking) {
-    for (int c = 0; c < chunks; c++, w += F::panel_chunk_bytes, x += F::chunk) {
+  static QPASS_INLINE void square(const uint8_t* w, const uint8_t* x, int products, Asking& asking) {
+    for (int c = 0; c < products; c++, w += kVectors * kTileBytes, x += kInputs) {
       load<4>(x, kPitch), load<6>(w, kRow);
       product<F, 0, 4, 6>(), asking.some();
-      load<7>(w + F::steps * kRow, kRow);
+      load<7>(w + kTileBytes, kRow);
       product<F, 1, 4, 7>(), asking.some();
       load<5>(x + kTileRows * kPitch, kPitch);
       product<F, 2, 5, 6>(), asking.some();
@@ -59,15 +112,15 @@ struct Accumulator {
     }
   }
   // 16 rows x 64 outputs: the last rows, or all.
-  static QPASS_INLINE void wide(const uint8_t* w, const uint8_t* x, int chunks, Asking& asking) {
-    for (int c = 0; c < chunks; c++, w += F::panel_chunk_bytes, x += F::chunk) {
+  static QPASS_INLINE void wide(const uint8_t* w, const uint8_t* x, int products, Asking& asking) {
+    for (int c = 0; c < products; c++, w += kVectors * kTileBytes, x += kInputs) {
       load<4>(x, kPitch), load<5>(w, kRow);
       product<F, 0, 4, 5>(), asking.some();
-      load<6>(w + F::steps * kRow, kRow);
+      load<6>(w + kTileBytes, kRow);
       product<F, 1, 4, 6>(), asking.some();
-      load<7>(w + 2 * F::steps * kRow, kRow);
+      load<7>(w + 2 * kTileBytes, kRow);
       product<F, 2, 4, 7>(), asking.some();
-      load<5>(w + 3 * F::steps * kRow, kRow);
+      load<5>(w + 3 * kTileBytes, kRow);
       product<F, 3, 4, 5>(), asking.some();
     }
   }
@@ -75,17 +128,25 @@ struct Accumulator {
   // sums[rows][64] (+)= block `weights` times rows [row, row + rows), over segments [begin, end). `next`: the codes that
   // are read after the span's.
   static void span(const uint8_t* weights, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows, int64_t begin,
-                   int64_t end, float* sums, const uint8_t* next) {
+                   int64_t end, float* sums, const uint8_t* next, uint8_t* panel) {
+    if constexpr (F::unpacks)
+      if (rows <= kTileRows) return few(weights, k, p, row, begin, end, sums, panel);
     constexpr int64_t kSegmentBytes = F::segment_chunks * F::chunk_bytes;
     auto segment = [&](int64_t i) { return segment_of<F>(weights, k, p.segments, i); };
     for (int64_t i = begin; i < end; i += kTurn) {
       const int64_t last = min_of(i + kTurn, end), bytes = (last - i) * kSegmentBytes;
       const uint8_t* codes = segment(i).codes;
       const uint8_t* ahead = rows > kFew ? next + (i - begin) * kSegmentBytes : codes + bytes;
-      Asking asking(ahead, bytes, ceil_div(rows, kTileRows) * (bytes / kTileBytes));
+      const int64_t tiles = (last - i) * (F::segment / kInputs) * kVectors;
+      Asking asking(ahead, bytes, (ceil_div(rows, kTileRows) + F::unpacks) * tiles);
+      if constexpr (F::unpacks) {
+        for (int64_t j = i; j < last; j++) fill(segment(j), panel + (j - i) * kPanelSegmentBytes<F>, asking);
+        codes = panel;
+      }
       auto over = [&](auto&& multiply, int64_t at, int half) __attribute__((always_inline)) {
         for (int64_t j = i; j < last; j++)
-          multiply(codes + (j - i) * kSegmentBytes + half * 2 * F::steps * kRow, p.element(j, row + at), segment(j).chunks, asking);
+          multiply(codes + (j - i) * kPanelSegmentBytes<F> + half * 2 * kTileBytes, p.element(j, row + at),
+                   segment(j).chunks * F::chunk / kInputs, asking);
       };
       int64_t at = 0;
       for (; rows - at > kTileRows; at += 2 * kTileRows)
@@ -96,9 +157,9 @@ struct Accumulator {
           leave(part, kBelow);
         }
       if (at >= rows) continue;
-      fetch(sums + at * kBlock, kBeside, i == 0);
+      if (at > 0 || i == begin) fetch(sums + at * kBlock, kBeside, i == 0);
       over(wide, at, 0);
-      leave(sums + at * kBlock, kBeside);
+      if (at > 0 || last == end) leave(sums + at * kBlock, kBeside);
     }
   }
 

@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr int kFormats = 512;
+constexpr int kFormats = 1024;
 std::atomic<const QpassKernel*> kernels[kFormats];
 std::atomic<const QpassTuning*> tunings[kFormats];  // replaced ones are kept: a call may be reading them
 

@@ -40,4 +40,25 @@ QPASS_INLINE I32 bytes_of(const uint8_t* row, int half, int step) {
   return and_(step == 0 ? w : step == 1 ? shr<2>(w) : step == 2 ? shr<4>(w) : shr<6>(w), set(0x03030303));
 }
 
+// What makes operands of one vector's codes in a chunk: with integer scales (code - zero) * multiple + 128, else nothing.
+template <class F, bool Stepped = F::stepped>
+struct Steps {
+  QPASS_INLINE void read(const uint8_t*, int) {}
+  template <class Operand>
+  QPASS_INLINE Operand operator()(Operand codes) const {
+    return codes;
+  }
+};
+template <class F>
+struct Steps<F, true> {
+  I32 times, less;
+  QPASS_INLINE void read(const uint8_t* chunk, int v) {
+    const I32 both = times4(load_u8(chunk + F::steps_at + v * kLanes));
+    times = and_(both, set(0x000f000f));
+    less = sub8(mul16(and_(shr<4>(both), set(0x0f0f0f0f)), times), set(int32_t(0x80808080)));
+  }
+  // Two bytes a 16-bit product: neither exceeds 15 * 15.
+  QPASS_INLINE I32 operator()(I32 codes) const { return sub8(mul16(codes, times), less); }
+};
+
 }  // namespace qpass

@@ -28,6 +28,15 @@ inline float value_at(const uint8_t* values, int output) {
   return float(value);
 }
 
+// The code's distance from its zero: times the group's multiple where scales are integers.
+template <class F>
+inline float distance_at(const uint8_t* chunk, int vector, int lane, int k, float zero) {
+  const int code = code_at<F>(chunk, vector, lane, k);
+  if constexpr (!F::stepped) return float(code) - zero;
+  const int step = chunk[F::steps_at + vector * kLanes + lane];
+  return float((code - (step >> 4)) * (step & 15));
+}
+
 // (code - zero) * scale of all `k` inputs of output `row` (0 <= row < n), as QWeight.dequantize() has them.
 template <class F>
 void gather_row(const uint8_t* packed, int64_t n, int64_t k, int32_t glu, int64_t row, float* out) {
@@ -46,7 +55,7 @@ void gather_row(const uint8_t* packed, int64_t n, int64_t k, int32_t glu, int64_
     const int64_t end = begin + length < k ? begin + length : k;
     for (int64_t i = begin; i < end; i++) {
       const uint8_t* chunk = record + (i - begin) / F::chunk * F::chunk_bytes;
-      out[i] = (float(code_at<F>(chunk, vector, lane, int((i - begin) % F::chunk))) - zero) * scale;
+      out[i] = distance_at<F>(chunk, vector, lane, int((i - begin) % F::chunk), zero) * scale;
     }
   }
 }

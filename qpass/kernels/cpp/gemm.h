@@ -13,6 +13,7 @@ QPASS_INLINE void multiply(Sum<F> (&sums)[Rows][Vectors], const Span& span, int6
   constexpr int stride = F::segment * F::element, x_chunk = F::chunk * F::element;
   constexpr int together = F::bits == 3 && F::code_rows > 1 ? 2 : 1;  // rows of one vector that share third bits
   const Codes<F> codes;
+  Steps<F> steps[Vectors];
   const uint8_t* w = From == kPanel ? span.panel + (index - span.begin) * kPanelSegmentBytes<F> : s.codes;
   const int chunks = F::grouped && (From == kCached || From == kPanel) ? F::segment_chunks : s.chunks;
   int64_t ahead = span.ahead;
@@ -21,7 +22,7 @@ QPASS_INLINE void multiply(Sum<F> (&sums)[Rows][Vectors], const Span& span, int6
     if (From == kStream || From == kCached) prefetch_row<F>(w + ahead, at);
 #pragma GCC unroll 8
     for (int p = 0; p < F::planes; p++) {
-      const auto v = codes.plane(row_of<F>(w, at, half), half, p);
+      const auto v = steps[i](codes.plane(row_of<F>(w, at, half), half, p));
 #pragma GCC unroll 6
       for (int m = 0; m < Rows; m++)
         sums[m][i] = dot_at<F>(sums[m][i], v, x + m * stride + Codes<F>::step(r, p) * 4);
@@ -57,10 +58,14 @@ QPASS_INLINE void multiply(Sum<F> (&sums)[Rows][Vectors], const Span& span, int6
       w += F::panel_chunk_bytes;
     } else if constexpr (From == kLinear) {
 #pragma GCC unroll 4
-      for (int i = 0; i < Vectors; i++)
+      for (int i = 0; i < Vectors; i++) {
+        steps[i].read(w, first + i);
         for (int r = 0; r < F::code_rows; r += together) rows(i, r);
+      }
       w += F::chunk_bytes;
     } else {
+#pragma GCC unroll 4
+      for (int i = 0; i < Vectors; i++) steps[i].read(w, first + i);
       for (int r = 0; r < F::code_rows; r += together)
 #pragma GCC unroll 4
         for (int i = 0; i < Vectors; i++) rows(i, r);
@@ -174,14 +179,17 @@ void unpack(const Segment& s, uint8_t* panel) {
   const uint8_t* w = s.codes;
   prefetch_tail<F>(s, QPASS_PREFETCH_BYTES);
   for (int c = 0; c < s.chunks; c++, w += F::chunk_bytes)
-    for (int v = 0; v < kVectors; v++, panel += F::steps * kRow)
+    for (int v = 0; v < kVectors; v++, panel += F::steps * kRow) {
+      Steps<F> steps;
+      steps.read(w, v);
       for (int r = 0; r < F::code_rows; r++) {
         const int at = v * F::code_rows + r, half = F::bits == 3 ? at % 2 : 0;
         prefetch_row<F>(w + QPASS_PREFETCH_BYTES, at);
 #pragma GCC unroll 8
         for (int p = 0; p < F::planes; p++)
-          store_operand(panel + Codes<F>::step(r, p) * kRow, codes.plane(row_of<F>(w, at, half), half, p));
+          store_operand(panel + Codes<F>::step(r, p) * kRow, steps(codes.plane(row_of<F>(w, at, half), half, p)));
       }
+    }
 }
 
 // Tiles of almost equal height, all over one span after the other; spans of almost equal length.

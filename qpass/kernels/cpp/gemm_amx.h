@@ -215,7 +215,7 @@ void multiply_blocks(const uint8_t* weights, int64_t blocks, int64_t k, const Pr
         const bool last = b + 1 == blocks, done = end == p.segments;
         const uint8_t* next = last && !done ? weights : block + F::block_bytes(k);
         Accumulator<F>::span(block, k, p, row, rows, begin, end, totals,
-                             segment_of<F>(next, k, p.segments, !last ? begin : done ? 0 : end).codes);
+                             segment_of<F>(next, k, p.segments, !last ? begin : done ? 0 : end).codes, panel);
         if (done) Accumulator<F>::finish(block, k, p, row, rows, totals);
       } else {
         multiply_span<F>(block, k, p, row, rows, begin, end, totals, panel);

@@ -5,7 +5,10 @@
 namespace qpass {
 
 template <class F>
-constexpr int abreast(int rows, bool) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+constexpr int abreast(int rows, bool) {
+  const int most = F::stepped ? 2 : 4;  // steps take registers
+  return rows == 1 ? most : rows == 2 ? most / 2 : 1;
+}
 
 template <class F>
 struct Tuning {
@@ -69,7 +72,7 @@ QPASS_INLINE __m256i dot8(__m256i sum, __m256i codes, __m256i x) {
 #else
   // vpmaddubsw saturates at 16 bits. Codes below 16 can't reach that; 8-bit ones, less 128, as magnitude x signed
   // activation: 2 * 128 * 127 fits.
-  if constexpr (F::bits == 8) {
+  if constexpr (F::operand_bits == 8) {
     codes = _mm256_xor_si256(codes, _mm256_set1_epi8(int8_t(0x80)));
     x = _mm256_sign_epi8(x, codes);
     codes = _mm256_abs_epi8(codes);
@@ -100,7 +103,7 @@ struct Codes : Operands<F> {
 #ifdef QPASS_AVX_VNNI
   static constexpr int center = 0;
 #else
-  static constexpr int center = F::bits == 8 ? 128 : 0;
+  static constexpr int center = F::operand_bits == 8 ? 128 : 0;
 #endif
   QPASS_INLINE I32 plane(const uint8_t* row, int half, int p) const { return bytes_of<F>(row, half, p); }
 };

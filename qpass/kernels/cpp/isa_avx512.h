@@ -7,9 +7,9 @@ namespace qpass {
 using Operand = I32;
 
 // Vectors of a tile whose 24 sums, or 12 sums and their totals, are in registers: that leaves 8 of 32 for operands and
-// lookup tables.
+// lookup tables. Steps take registers too.
 template <class F>
-constexpr int abreast(int, bool held) { return held ? 2 : 4; }
+constexpr int abreast(int rows, bool held) { return held || (F::stepped && rows > 3) ? 2 : 4; }
 
 // Measured on Zen 4.
 template <class F>
@@ -42,7 +42,7 @@ QPASS_INLINE I32 dot(I32 sum, Operand codes, I32 x) {
 #else
   // vpmaddubsw saturates at 16 bits. Codes below 16 can't reach that; 8-bit ones, less 128, as magnitude x signed
   // activation: 2 * 128 * 127 fits.
-  if constexpr (F::bits == 8) {
+  if constexpr (F::operand_bits == 8) {
     codes = xor_(codes, set(int32_t(0x80808080)));
     x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(codes), set(0), x);
     codes = _mm512_abs_epi8(codes);
@@ -90,7 +90,7 @@ struct Codes : Operands<F> {
 #ifdef __AVX512VNNI__
   static constexpr int center = 0;
 #else
-  static constexpr int center = Bits == 8 ? 128 : 0;
+  static constexpr int center = F::operand_bits == 8 ? 128 : 0;
 #endif
   QPASS_INLINE Operand plane(const uint8_t* row, int half, int p) const { return bytes_of<F>(row, half, p); }
 };

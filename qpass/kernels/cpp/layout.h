@@ -9,6 +9,10 @@
 //            2, 3, 6, 7 belong to the first of the two (k4-steps 0, 1, 2, 3: so pairs and third bits meet without a
 //            shift), bits 0, 1, 4, 5 to the second. With chunks of 16 the two are rows of neighboring vectors.
 // So a vector's rows are, or unpack to, both what vpdpbusd wants and the B tile of an AMX product; nothing is wasted.
+//
+// Integer scales (2405.14597): a group's scale is a whole multiple, 1 to 15, of its output's own. A chunk then ends with a
+// line of 64 bytes, multiple and zero of an output in four bits each, and a block with 64 fp32 scales and 64 zeros, all
+// 128: (code - zero) * multiple + 128 is what an 8-bit code per channel would be, and so it is multiplied.
 #pragma once
 #include "simd.h"
 
@@ -27,10 +31,11 @@ template <int Bits, int Group, int Rule, int ScaleBytes, int ZeroBytes = 1>
 struct Format {
   static constexpr int bits = Bits;
   static constexpr int group = Group;
+  static constexpr bool stepped = ScaleBytes == 1;  // integer scales
   static constexpr int rule = Rule;
-  static constexpr bool grouped = Group != 0;
+  static constexpr bool grouped = Group != 0 && !stepped;  // sums are scaled group by group
   static constexpr bool a16 = Rule == QPASS_A16;
-  static constexpr int scale_bytes = ScaleBytes;
+  static constexpr int scale_bytes = stepped ? 4 : ScaleBytes;  // of those behind a record
   static constexpr int zero_bytes = ZeroBytes;
   static constexpr bool float_zeros = ZeroBytes == 4;
   static constexpr int chunk = Group == 16 || Group == 32 ? Group : 64;
@@ -38,19 +43,22 @@ struct Format {
   static constexpr int code_rows = chunk / 4 / row_steps;              // rows of third bits not counted
   static constexpr int planes = a16 ? 2 * row_steps : row_steps;       // operands of a row
   static constexpr int steps = a16 ? chunk / 2 : chunk / 4;            // dot products of a chunk and a vector
-  static constexpr int chunk_bytes = kBlock * chunk * Bits / 8;
+  static constexpr int steps_at = kBlock * chunk * Bits / 8;  // of a chunk: where its multiples and zeros lie
+  static constexpr int chunk_bytes = steps_at + (stepped ? kRow : 0);
   static constexpr int panel_chunk_bytes = kVectors * steps * kRow;
   static constexpr int element = a16 ? 2 : 1;  // bytes of a prepared activation
   // Inputs that are multiplied before accumulators go back to memory: a group, or a piece of K that fits the L1 cache.
   static constexpr int segment = grouped ? Group : (a16 ? 128 : 256);
   static constexpr int segment_chunks = segment / chunk;
   static constexpr bool unpacks = a16 || Bits != 8;  // 8-bit codes are what vpdpbusd takes
+  static constexpr int operand_bits = stepped ? 8 : Bits;
+  static_assert(!stepped || (Group != 0 && Bits < 8 && !a16 && ZeroBytes == 1), "integer scales have no such kernel");
 
-  static constexpr int64_t padded_k(int64_t k) { return round_up(k, grouped ? Group : chunk); }
+  static constexpr int64_t padded_k(int64_t k) { return round_up(k, grouped ? Group : 64); }
   static constexpr int64_t groups(int64_t k) { return grouped ? ceil_div(k, Group ? Group : 1) : 1; }
   static constexpr int64_t segments(int64_t k) { return ceil_div(padded_k(k), segment); }
-  static constexpr int64_t group_codes(int64_t k) { return (grouped ? Group : padded_k(k)) * kBlock * Bits / 8; }
-  static constexpr int64_t group_bytes(int64_t k) { return group_codes(k) + kBlock * (ScaleBytes + ZeroBytes); }
+  static constexpr int64_t group_codes(int64_t k) { return (grouped ? Group : padded_k(k)) / chunk * chunk_bytes; }
+  static constexpr int64_t group_bytes(int64_t k) { return group_codes(k) + kBlock * (scale_bytes + ZeroBytes); }
   static constexpr int64_t block_bytes(int64_t k) { return groups(k) * group_bytes(k); }
   // Blocks of a weight. A gated pair alternates gate and up blocks, each half padded by itself.
   static constexpr int64_t blocks(int64_t n, bool glu) {

@@ -9,14 +9,19 @@ constexpr int64_t kFew = 64;  // rows that multiply faster than the memory bring
 
 inline bool takes(const QpassCall& c, bool a16) { return a16 || c.m >= c.tuning.tile_rows; }
 
+// Whether sums run from the first input to the last (accumulate_amx.h).
+template <class F>
+constexpr bool kAccumulates = !F::grouped && !F::a16;
+
 template <class F>
 struct Tile {
-  static constexpr int steps = F::steps < 16 ? F::steps : 16;  // dot-product steps of one tile product
+  static constexpr int steps = kAccumulates<F> || F::steps > 16 ? 16 : F::steps;  // dot-product steps of one tile product
   static constexpr int of_chunk = F::steps / steps;
   static constexpr int64_t panel_bytes = F::segment_chunks * F::panel_chunk_bytes;  // of a segment
   static constexpr int products = F::segment_chunks * of_chunk * kVectors;  // of a whole segment
   // Zeros that are codes leave the others while these are unpacked, which makes them signed and saves the fold its part.
-  static constexpr bool centered = F::unpacks && kIntegerZeros<F>;
+  // Without groups there is one fold for all inputs, so nothing to save.
+  static constexpr bool centered = F::grouped && F::unpacks && kIntegerZeros<F>;
 };
 
 // `rows`: of the narrowest task; fewer than 16 make the products shorter.
