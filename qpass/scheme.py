@@ -122,7 +122,8 @@ class Scheme:
             raise SchemeError(f"scheme {name!r}: {how!r} speaks of int8 activations; accepted: {ACCEPTED}")
         if integer_scales and (act != 8 or bits == 8 or group is None):
             raise SchemeError(
-                f"scheme {name!r}: integer scales are for groups of 2 to 4 bits and int8 activations, as in w4a8-g128-intscale"
+                f"scheme {name!r}: integer scales are for groups of 2 to 4 bits and int8 activations, "
+                f"as in w4a8-g128-intscale; accepted: {ACCEPTED}"
             )
         if how == "outlier" and (bits, group, symmetry, special) != (8, None, None, None):
             raise SchemeError(f"scheme {name!r}: outliers are kept apart in w8a8-outlier only; accepted: {ACCEPTED}")

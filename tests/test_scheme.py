@@ -33,6 +33,8 @@ from qpass.scheme import BITS, GROUPS, SCHEMES, Format, Scheme
         ("w8a8-static", Format(8, None, True), "a8-static"),
         ("w4a8-g128-static", Format(4, 128, False), "a8-static"),
         ("w8a8-outlier", Format(8, None, True), "a8-token"),
+        ("w4a8-g128-intscale", Format(4, 128, False, integer_scales=True), "a8-token"),
+        ("w3a8-g16-sym-intscale-static", Format(3, 16, True, integer_scales=True), "a8-static"),
     ],
 )
 def test_parse(name: str, weight: Format | None, activation: str) -> None:
@@ -56,6 +58,10 @@ def test_parse(name: str, weight: Format | None, activation: str) -> None:
         "w4a16-g",
         "w4a16-g100",
         "w4a16-g128-odd",
+        "w4a16-g128-intscale",
+        "w8a8-g128-intscale",
+        "w4a8-intscale",
+        "w4a8-g64-floatzero-intscale",
         "w16a16-g128",
         "w16a8",
         "w8a16-dynamic",

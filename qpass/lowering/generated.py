@@ -75,7 +75,7 @@ class Generated:
         n, k = _tensor(graph, args["codes"]).shape
         size = _tensor(graph, packed[0]).numel()
         zeros = _tensor(graph, args["zeros"])
-        scheme = node.meta.get("qpass_scheme")
+        scheme = node.meta.get("qpass_scheme")  # the tensors of integer scales look like those of others
         integer_scales = scheme is not None and scheme.weight.integer_scales
         weight = Format(args["bits"], args["group"] or None, False, zeros.is_floating_point(), integer_scales)
         format = next(f for f in _formats(weight, args["rule"]) if f.packed_bytes(n, k, args["glu"]) == size)

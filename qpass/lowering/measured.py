@@ -131,6 +131,7 @@ def _program(site: Site, lowering: Lowering, packed: tuple[Tensor, ...]) -> fx.G
         (x, *operands, None, weight.bits, weight.group or 0, site.scheme.activation),
         {"glu": site.glu} | ({"x_scale": 1.0} if site.scheme.activation == "a8-static" else {}),
     )
+    node.meta["qpass_scheme"] = site.scheme
     emitted = lowering.emit(graph, node, attributes)
     graph.output(emitted)
     node.replace_all_uses_with(emitted)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qpass.algorithms.clip import clip
+from qpass.algorithms.gptq import gptq
 from qpass.algorithms.rtn import rtn
+from qpass.qweight import QWeight, multiples
 from qpass.scheme import BITS, GROUPS, Format
 
 FORMATS = [Format(bits, group, sym) for bits in BITS for group in (None, *GROUPS) for sym in (True, False)]
@@ -60,6 +63,40 @@ def test_not_finite_is_refused(bad: float) -> None:
     weight[1, 3] = bad
     with pytest.raises(ValueError, match="NaN or infinity"):
         rtn(weight, Format(4, 32))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("bits", "group"), [(4, 128), (4, 16), (3, 32), (2, 64)])
+@pytest.mark.parametrize("algorithm", ["rtn", "clip", "gptq", "gptq in order"])
+def test_integer_scales(algorithm: str, bits: int, group: int, symmetric: bool) -> None:
+    """Whole multiples of one scale a row, products that are signed bytes, and hardly more error for it."""
+    torch.manual_seed(0)
+    weight = torch.randn(60, 300) * torch.rand(60, 1) * torch.exp(0.3 * torch.randn(300))
+    weight[3], weight[5, :group], weight[7, :group] = 0, 0, weight[7, :group].abs() * 20
+    x = torch.randn(900, 300)
+    hessian = x.t() @ x
+
+    def found(format: Format) -> QWeight:
+        if algorithm in ("rtn", "clip"):
+            return {"rtn": rtn, "clip": clip}[algorithm](weight, format)
+        return gptq(weight, hessian, format, act_order=algorithm == "gptq")
+
+    result, plain = found(Format(bits, group, symmetric, integer_scales=True)), found(Format(bits, group, symmetric))
+    times, own = multiples(result.scales, result.zeros, bits)  # raises where they are none
+    assert torch.equal(times.float() * own, result.scales)
+    assert times.max() > 5
+    assert torch.equal(result.dequantize()[3], torch.zeros(300))
+    assert (
+        (result.codes.int() - result.zeros.int().repeat_interleave(group, 1)[:, :300])
+        * times.repeat_interleave(group, 1)[:, :300]
+    ).abs().max() <= 127
+    rows = [i for i in range(60) if i not in (3, 7)]
+
+    def cost(q: QWeight) -> float:
+        error = (q.dequantize() - weight)[rows]
+        return float(((error @ hessian) * error).sum())
+
+    assert cost(result) < 1.2 * cost(plain)
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (2, 16), (8, None)])

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import qpass
 from qpass.algorithms.rtn import rtn
+from qpass.checkpoints.artefact import checksum
 from qpass.checkpoints.bits import unpack_bits
 from qpass.errors import CheckpointError, OptionError, ReleasedWeightError, SchemeError
 from qpass.lowering.given import given_of
@@ -97,6 +98,23 @@ def test_the_file_is_as_documented(quantized: Any, artefact: Path) -> None:
         assert third.shape == (64, 36)  # 96 codes of 3 bits
     expected = given_of(quantized.get_submodule(GATE).weight).read().dequantize()
     assert torch.equal(weight.view(96, 64), expected)
+
+
+def test_integer_scales_come_back_and_others_are_told(checkpoint: Path, artefact: Path, tmp_path: Path) -> None:
+    config = qpass.QPassConfig(scheme="w4a8-g32-intscale")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=config)
+    model.save_pretrained(tmp_path / "own")
+    entry = json.loads((tmp_path / "own" / "config.json").read_text())["quantization_config"]["modules"][GATE]
+    assert (entry["integer_scales"], entry["activation"]) == (True, "a8-token")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "own")), logits(model))
+
+    def claim(config: dict, folder: Path) -> None:
+        config["modules"][GATE]["integer_scales"] = True
+        config["checksum"] = checksum(config["modules"])
+
+    folder = damaged(artefact, tmp_path / "copy", claim)
+    with pytest.raises(CheckpointError, match=f"{GATE}.qpass_scales: a row's scales are no whole multiples"):
+        logits(AutoModelForCausalLM.from_pretrained(folder))
 
 
 def test_importing_qpass_is_all_that_from_pretrained_needs(artefact: Path) -> None:

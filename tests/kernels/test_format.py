@@ -27,7 +27,8 @@ def all_formats() -> list[KernelFormat]:
 
 def test_a_format_and_its_number_are_one_to_one() -> None:
     formats = all_formats()
-    assert len(formats) == len(set(formats)) == 4 * (5 * 4 - 1) * 2 * 2  # per channel has no scale a token and group
+    plain = 4 * (5 * 4 - 1) * 2 * 2  # per channel has no scale a token and group
+    assert len(formats) == len(set(formats)) == plain + 3 * 4 * 2  # integer scales: fewer bits, groups, two rules
     assert all(KernelFormat.of(format.number) == format for format in formats)
     assert set(FORMATS) <= set(formats)
 
@@ -44,9 +45,10 @@ def test_numbers_never_change() -> None:
     assert KernelFormat(2, 32, "a16", 2).number == 130
     assert KernelFormat(3, 64, "a8-token-group", 2).number == 149
     assert KernelFormat(4, 32, "a16", 2, 4).number == 258
+    assert KernelFormat(4, 128, "a8-token", 1).number == 526
 
 
-@pytest.mark.parametrize("number", [-1, 16, 66, 272, 512, 1000, 1 << 40])
+@pytest.mark.parametrize("number", [-1, 16, 66, 272, 512, 518, 526 + 256, 526 + 32, 1023, 1 << 40])
 def test_a_number_without_meaning_is_refused(number: int) -> None:
     with pytest.raises(ValueError, match="is no format"):
         KernelFormat.of(number)

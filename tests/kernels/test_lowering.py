@@ -64,6 +64,8 @@ def test_refuses_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         "w3a8-g128-sym",
         "w2a16-g32",
         "w4a8-g32-floatzero",
+        "w4a8-g128-intscale",
+        "w2a8-g16-sym-intscale",
     ],
 )
 @pytest.mark.parametrize("glu", [False, True])
@@ -90,6 +92,7 @@ def test_emits_the_same_meaning(scheme: str, glu: bool) -> None:
     (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.qpass.quantized_linear.default)
     with gm.graph.inserting_before(node):
         attribute = gm.graph.get_attr("packed")
+    node.meta["qpass_scheme"] = parsed
     node.replace_all_uses_with(lowering.emit(gm.graph, node, (attribute,)))
     gm.graph.erase_node(node)
     gm.recompile()

@@ -75,6 +75,42 @@ def test_int4_bytes() -> None:
     assert packed[4224:].eq(8).all()
 
 
+def test_integer_scales_bytes() -> None:
+    """Group 0's multiple and zero stand behind both of its chunks, group 1's behind the third: a byte an output."""
+    format = KernelFormat(4, 128, "a8-token", 1)
+    codes, zeros = torch.full((64, 130), 7, dtype=torch.uint8), torch.full((64, 2), 7, dtype=torch.uint8)
+    scales = torch.full((64, 2), 0.5)
+    codes[17, 129], zeros[17, 1], scales[17, 1] = 15, 9, 1.5
+    packed = pack(codes, scales, zeros, format)
+    assert packed.numel() == format.packed_bytes(64, 130) == 3 * (2048 + 64) + 5 * 64
+    chunks, tail = packed[: 3 * 2112].view(3, 2112), packed[3 * 2112 :]
+    assert chunks[:, 2048 + 17].tolist() == [1 | 7 << 4, 1 | 7 << 4, 3 | 9 << 4]
+    assert chunks[2, 512 + 1 * 4 + 1] == 15  # vector 1, k4-step 0
+    assert tail[:256].view(torch.float32).eq(0.5).all()
+    assert tail[256:].eq(128).all()
+    for found, given in zip(unpack(packed, 64, 130, format), (codes, scales, zeros), strict=True):
+        assert torch.equal(found, given)
+
+
+@pytest.mark.parametrize(
+    ("scales", "zeros", "message"),
+    [
+        ([0.1, 0.2573], [8, 8], "no whole multiples"),
+        ([1.0, 17.0], [8, 8], "no whole multiples"),
+        ([1.0, -2.0], [8, 8], "no whole multiples"),
+        ([1.0, float("nan")], [8, 8], "no whole multiples"),
+        ([1.0, 9.0], [8, 0], "exceed a signed byte"),
+        ([1.0, 2.0], [8, 16], "at most 15"),
+    ],
+)
+def test_integer_scales_that_are_none_are_refused(scales: list[float], zeros: list[int], message: str) -> None:
+    codes = torch.zeros(1, 128, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        pack(
+            codes, torch.tensor([scales]), torch.tensor([zeros], dtype=torch.uint8), KernelFormat(4, 64, "a8-token", 1)
+        )
+
+
 def test_int8_bytes() -> None:
     format = KernelFormat(8, None, "a16", 4)
     codes = torch.zeros(64, 70, dtype=torch.uint8)

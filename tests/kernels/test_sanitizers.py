@@ -26,6 +26,8 @@ CASES = [
     (KernelFormat(8, None, "a16", 4), "avx2"),
     (KernelFormat(4, 32, "a8-token-group", 2, 4), "avx512_vnni"),
     (KernelFormat(4, 128, "a8-token-group", 2), "amx"),
+    (KernelFormat(4, 128, "a8-token", 1), "amx"),
+    (KernelFormat(3, 16, "a8-token", 1), "avx512_vnni"),
     (KernelFormat(8, None, "a16", 4), "amx"),
 ]
 

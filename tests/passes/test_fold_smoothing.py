@@ -354,15 +354,16 @@ def test_no_outliers_is_plain_int8():
     assert torch.equal(done.outputs()[0], rewrite(m, (X,), STEPS, "w8a8-dynamic").outputs()[0])
 
 
-def test_a_given_divisor_is_folded_like_one_of_ours():
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a8-g32-intscale"])
+def test_a_given_divisor_is_folded_like_one_of_ours(scheme):
     """AWQ: into the rows of a preceding linear through its scales, where that has given codes too."""
     m = module(lambda m, x: (lambda y: m.down_96(F.silu(m.gate_64(y)) * m.up_64(y)))(m.rms(x)))
-    format = Format(4, 32)
+    format = Scheme.parse(scheme).weight
     for name, k in (("gate_64", 64), ("up_64", 64), ("down_96", 96)):
         s = torch.rand(k, generator=torch.Generator().manual_seed(k)) + 0.5
         weight = m.get_submodule(name).weight
         give(weight, Given.of(rtn(weight.detach() * s, format), divisor=s))
-    done = rewrite(m, (X,), STEPS, "w4a16-g32")
+    done = rewrite(m, (X,), STEPS, scheme)
     assert done.counts["fold_smoothing"] == 2
     assert not done.nodes(divide)
     assert sqnr_db(done.capture.run()[0], done.outputs()[0]) > 14
