@@ -22,7 +22,7 @@ from qpass.scheme import Scheme
 
 SHAPES = ((8960, 1536), (1536, 8960))  # N, K: up and down of a 1.5B model
 TOKENS = (1, 5, 16, 128, 512)
-SCHEMES = ("w4a16-g128", "w4a8-g128", "w8a16", "w8a8-dynamic", "w3a8-g64", "w2a8-g64")
+SCHEMES = ("w4a16-g128", "w4a8-g128", "w4a8-g128-intscale", "w8a16", "w8a8-dynamic", "w3a8-g64", "w2a8-g64")
 
 
 @pytest.mark.skipif(detect().tier not in SERVED, reason="the generated kernels need AVX2")

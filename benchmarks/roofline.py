@@ -30,7 +30,7 @@ from qpass.scheme import Scheme
 
 SHAPES = ((8960, 1536), (1536, 8960), (1536, 1536))  # N, K: up, down and output projections of a 1.5B model
 TOKENS = (1, 2, 4, 5, 8, 16, 32, 64, 128, 512, 2048)
-SCHEMES = ("w4a8-g128", "w8a8-dynamic", "w4a16-g128", "w8a16", "w3a8-g64", "w2a8-g64")
+SCHEMES = ("w4a8-g128", "w4a8-g128-intscale", "w8a8-dynamic", "w4a16-g128", "w8a16", "w3a8-g64", "w2a8-g64")
 INDUCTOR = "bf16-inductor"
 DRAWN = ("w4a8-g128", "w8a8-dynamic", "w4a16-g128", "w8a16", "bf16-onednn", "int4pack-g128", "int8pack")
 BEHIND = 8.0  # times the fastest: such a candidate is not repeated

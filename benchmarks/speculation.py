@@ -50,7 +50,7 @@ def speculators(args: argparse.Namespace, loaded: Loaded) -> dict[str, Speculato
         parts: dict[str, Any] = {"ngram": "ngram"} | {f"layers:{n}": f"layers:{n}" for n in args.layers}
         if small is not None:
             parts["model"] = small
-        own = {"draft_scheme": args.draft_scheme, "draft_vocabulary": args.draft_vocabulary}
+        own = {"draft_scheme": draft_schemes(args), "draft_vocabulary": args.draft_vocabulary}
         spec = qpass.speculate(loaded.model, [*parts.values(), "ngram"], scheme=scheme, **own)
         print(f"{scheme}: compiled in {spec.warm_up():.0f} s", file=sys.stderr)
         drafts = dict(zip(parts, spec.speculator.draft.drafts, strict=False))
@@ -64,6 +64,12 @@ def speculators(args: argparse.Namespace, loaded: Loaded) -> dict[str, Speculato
         print(f"{STOCK}: compiled in {decoder.warm_up():.0f} s", file=sys.stderr)
         found[STOCK] = Speculator(decoder)
     return found
+
+
+def draft_schemes(args: argparse.Namespace) -> Any:
+    if args.draft_head is None:
+        return args.draft_scheme
+    return {"*lm_head": args.draft_head, "*": args.draft_scheme}
 
 
 def speed(args: argparse.Namespace) -> list[record.Record]:
@@ -83,6 +89,7 @@ def speed(args: argparse.Namespace) -> list[record.Record]:
         "model": Path(args.model).name,
         "draft": Path(args.draft).name if args.draft else None,
         "draft_scheme": args.draft_scheme,
+        "draft_head": args.draft_head,
         "draft_vocabulary": args.draft_vocabulary,
         "k": args.k[0],
         "new": args.new,
@@ -169,6 +176,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--draft")
     parser.add_argument("--draft-scheme", default="w8a8-dynamic")
+    parser.add_argument("--draft-head", help="scheme of the draft's output layer, where it is to have one of its own")
     parser.add_argument("--draft-vocabulary", type=int)
     parser.add_argument("--schemes", type=names, default=["w4a8-g128"])
     parser.add_argument(

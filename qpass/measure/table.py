@@ -26,6 +26,7 @@ COSTS = {
 
 LINEAR_COLUMNS = {
     "w4a8-g128": "`w4a8-g128`",
+    "w4a8-g128-intscale": "`w4a8-g128-intscale`",
     "w8a8-dynamic": "`w8a8-dynamic`",
     "w4a16-g128": "`w4a16-g128`",
     "w8a16": "`w8a16`",
@@ -113,8 +114,10 @@ def speculation_markdown(records: Iterable[Record]) -> str:
         raise ValueError("no record of speculative decoding")
     one, base = next(iter(found.values())), found.get("inductor")
     s = one.settings
+    head = f", its head in `{s['draft_head']}`" if s.get("draft_head") else ""
+    vocabulary = f" with its first {s['draft_vocabulary']} tokens" if s["draft_vocabulary"] else ""
     parts = [
-        f"{s['model']}, draft {s['draft']} in `{s['draft_scheme']}` with its first {s['draft_vocabulary']} tokens, {one.n} "
+        f"{s['model']}, draft {s['draft']} in `{s['draft_scheme']}`{head}{vocabulary}, {one.n} "
         f"HumanEval prompts, {s['new']} new tokens, K = {s['k']}, batch 1, greedy, {s['threads']} threads, {one.machine.cpu} "
         f"({one.machine.tier}), torch {one.machine.torch}, commit {one.commit}, prompt after prompt in turns:\n",
         "| target | draft | tokens a step | ms a token | over bf16 | of its bound | the draft's prompt, ms |",
