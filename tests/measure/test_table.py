@@ -87,8 +87,8 @@ def test_linear_layers() -> None:
     text = table.linear_markdown(
         [linear("w8a16", 1, 9.0), linear("w8a16", 1, 0.456), linear("int8pack", 512, 110.8), *strangers]
     )
-    assert "| 1 | - | - | - | 0.46 | - | - | - | - |" in text
-    assert "| 512 | - | - | - | - | - | - | - | 111 |" in text
+    assert "| 1 | - | - | - | - | 0.46 | - | - | - | - |" in text
+    assert "| 512 | - | - | - | - | - | - | - | - | 111 |" in text
     assert "| 3 |" not in text
     assert "medians of 3 to 3 turns" in text
     with pytest.raises(ValueError, match="no record of a linear layer from 1536 to 8960"):
