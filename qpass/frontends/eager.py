@@ -63,6 +63,7 @@ def _make(weight: ReleasedParameter, given: Given, dtype: torch.dtype, biased: b
     node = graph.call_function(torch.ops.qpass.quantized_linear.default, arguments)
     with graph.inserting_before(node):
         attributes = tuple(attach(graph, "qpass_packed", tensor) for tensor in packed)
+    node.meta["qpass_scheme"] = scheme
     graph.output(lowering.emit(graph, node, attributes))
     graph.erase_node(node)
     detach_unused(graph)

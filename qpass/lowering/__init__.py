@@ -30,7 +30,10 @@ class Lowering(Protocol):
         """The weight in this lowering's own layout."""
 
     def emit(self, graph: fx.Graph, node: fx.Node, packed: tuple[fx.Node, ...]) -> fx.Node:
-        """Put this lowering's nodes before ``node`` (a quantized_linear) and return the one that replaces it."""
+        """Put this lowering's nodes before ``node`` (a quantized_linear) and return the one that replaces it.
+
+        ``node.meta["qpass_scheme"]`` says what the tensors alone don't: that scales are integers.
+        """
 
 
 ORDER: tuple[Lowering, ...] = (
