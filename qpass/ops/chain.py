@@ -10,27 +10,37 @@ objects driven out of the caches by the weights between two of them, costs as mu
     return %9
 
 Slots are the given tensors, then one a line. Arguments stand in the order of the op's schema, ``-`` for None.
+A program that writes to caches is ``chain.one`` or ``chain.two``, by its results; the caches' slots follow the tensors'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import qpass.ops.attention
-import qpass.ops.packed_linear  # noqa: F401  both define their ops
+import qpass.ops.packed_linear
+import qpass.ops.rope_append  # noqa: F401  all define their ops
 from qpass.ops.linear import LIBRARY
 
 LIBRARY.define("chain(Tensor[] tensors, str program) -> Tensor[]")
+LIBRARY.define("chain.one(Tensor[] tensors, Tensor(a!)[] caches, str program) -> Tensor")
+LIBRARY.define("chain.two(Tensor[] tensors, Tensor(a!)[] caches, str program) -> (Tensor, Tensor)")
 
 OPS: dict[str, Any] = {
     "packed_linear": torch.ops.qpass.packed_linear.default,
     "attention": torch.ops.qpass.attention.default,
+    "rope_append": torch.ops.qpass.rope_append.default,
 }
 FLATTEN = "flatten"  # the last two dimensions into one: a head's outputs side by side
+SLOTS = "slots"  # a cache [L, B, H, D] as attention reads it, [B, H, L, D]
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    FLATTEN: lambda x: x.flatten(-2),
+    SLOTS: lambda x: x.permute(1, 2, 0, 3),
+}
 
 
 def line(name: str, arguments: Sequence[Any]) -> str:
@@ -58,13 +68,23 @@ def _chain(tensors: Sequence[Tensor], program: str) -> list[Tensor]:
         raise ValueError(f"chain: {len(slots)} tensors were given to a program that begins with {first!r}")
     for step in steps:
         name, *words = step.split(" ")
-        if name == FLATTEN:
-            slots.append(slots[int(words[0][1:])].flatten(-2))
+        if name in VIEWS:
+            slots.append(VIEWS[name](slots[int(words[0][1:])]))
             continue
         op = OPS[name]
         arguments = zip(op._schema.arguments, words, strict=True)
         slots.append(op(*(_value(str(argument.type), word, slots) for argument, word in arguments)))
     return [slots[int(word[1:])] for word in last.split(" ")[1:]]
+
+
+def _one(tensors: Sequence[Tensor], caches: Sequence[Tensor], program: str) -> Tensor:
+    (result,) = _chain([*tensors, *caches], program)
+    return result
+
+
+def _two(tensors: Sequence[Tensor], caches: Sequence[Tensor], program: str) -> tuple[Tensor, Tensor]:
+    first, second = _chain([*tensors, *caches], program)
+    return first, second
 
 
 def _value(kind: str, word: str, slots: list[Tensor]) -> Any:
@@ -75,5 +95,6 @@ def _value(kind: str, word: str, slots: list[Tensor]) -> Any:
     return float(word) if "float" in kind else bool(int(word)) if kind == "bool" else int(word)
 
 
-LIBRARY.impl("chain", _chain, "CompositeExplicitAutograd")
-torch.library.register_fake("qpass::chain", _chain, lib=LIBRARY)
+for _name, _meaning in (("chain", _chain), ("chain.one", _one), ("chain.two", _two)):
+    LIBRARY.impl(_name, _meaning, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qpass::{_name}", _meaning, lib=LIBRARY)

@@ -11,6 +11,7 @@ from qpass.passes.context import Context
 from qpass.passes.fold_smoothing import fold_smoothing
 from qpass.passes.fuse_epilogues import fuse_epilogues
 from qpass.passes.fuse_norms import fuse_norms
+from qpass.passes.fuse_rope import fuse_rope
 from qpass.passes.keep_int8 import keep_int8
 from qpass.passes.lower import lower
 from qpass.passes.merge_siblings import merge_siblings
@@ -28,6 +29,7 @@ PIPELINE: tuple[Pass, ...] = (
     keep_int8,  # between two linears with static scales the values are rounded once, to int8
     lower,  # each site to the first lowering that takes it
     share_embeddings,  # a tied table is stored once: the embedding reads rows of the head's packed weight
+    fuse_rope,  # queries, keys and values go from their linear to attention and the cache in one call
     chain_calls,  # calls of our kernels that follow each other are one: Python has no part between them
 )
 

@@ -31,7 +31,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "keep_int8": frozenset({"linear", "norm", "quantized_linear"}),
     "lower": frozenset({"quantized_linear", "packed_linear"}),
     "share_embeddings": frozenset({"quantized_linear", "packed_linear", "packed_embedding"}),
-    "chain_calls": frozenset({"quantized_linear", "packed_linear", "packed_embedding", "chain"}),
+    "fuse_rope": frozenset({"quantized_linear", "packed_linear", "packed_embedding", "rope_append"}),
+    "chain_calls": frozenset({"quantized_linear", "packed_linear", "packed_embedding", "rope_append", "chain"}),
 }
 """By pass: the ops of ``torch.ops.qpass`` that may stand behind it. A pass that is not named here is not checked."""
 

@@ -2,6 +2,7 @@
 // of visible slots. A task is some rows (queries x the heads that share a key head) of one key head, block after block.
 #pragma once
 #include "attention_block.h"
+#include "rope.h"
 #ifdef QPASS_AMX
 #include "attention_tiles.h"
 #endif
@@ -266,5 +267,6 @@ auto dispatch(const QpassAttentionCall* c, F f) {
       [](const Call* c) { return qpass::attention::dispatch(c, [&](auto k) { return k.partial_bytes(c); }); },         \
       [](const Call* c, void* s, int64_t i) { qpass::attention::dispatch(c, [&](auto k) { k.run(c, s, i); }); },       \
       [](const Call* c, void* s, int64_t i) { qpass::attention::dispatch(c, [&](auto k) { k.merge(c, s, i); }); },     \
+      [](const QpassRope* c, int64_t token) { qpass::rope::run(c, token); },                                           \
   };                                                                                                                   \
   extern "C" __attribute__((visibility("default"))) const QpassAttention* qpass_attention_kernel() { return &table; }

@@ -1,8 +1,8 @@
-// The C interface between the attention binding and its kernel unit: plain structs and function pointers.
+// The C interface between the bindings of attention and of what feeds it, and their kernel unit: plain structs and function pointers.
 #pragma once
 #include "abi.h"
 
-#define QPASS_ATTENTION_ABI 1
+#define QPASS_ATTENTION_ABI 2
 
 // Where a head of a row of the batch lies: elements between rows of the batch, heads and tokens. A token's own are dense.
 struct QpassHeads {
@@ -28,6 +28,21 @@ struct QpassAttentionCall {
   float* partials;        // partial_bytes() long, 64-byte aligned
 };
 
+// Queries, keys and values of some tokens: queries rotated into out, keys rotated and values into their slots. Distances in
+// elements; a head's own are dense.
+struct QpassRope {
+  const void* qkv;        // [batch][queries][heads * width + shared * width + shared * value_width]
+  const void *cos, *sin;  // [batch][queries][rotated], or null where rotated is 0
+  const int64_t* slots;   // [batch][queries], each within the cache
+  void *keys, *values;    // [slots][batch][shared][width] and [..][value_width]
+  void* out;              // [batch][heads][queries][width], dense
+  int64_t batch, queries, heads, shared, width, value_width;
+  int64_t rotated;        // the first so many of a head's width, an even number
+  int64_t qkv_row, qkv_token, table_row, table_token;
+  int64_t key_slot, key_row, key_head, value_slot, value_row, value_head;
+  int32_t dtype;  // of everything but the slots
+};
+
 struct QpassAttention {
   int32_t abi;
   void (*plan)(QpassAttentionCall* call);
@@ -35,4 +50,5 @@ struct QpassAttention {
   int64_t (*partial_bytes)(const QpassAttentionCall* call);  // 0 where blocks is 1
   void (*run)(const QpassAttentionCall* call, void* scratch, int64_t unit);    // 0 <= unit < tasks * blocks
   void (*merge)(const QpassAttentionCall* call, void* scratch, int64_t task);  // after all units, where blocks > 1
+  void (*rope)(const QpassRope* call, int64_t token);                          // 0 <= token < batch * queries
 };

@@ -4,12 +4,16 @@
 #include "binding_chain.h"
 #include "binding_embedding.h"
 #include "binding_linear.h"
+#include "binding_rope.h"
 
 STABLE_TORCH_LIBRARY_IMPL(qpass, CPU, m) {
   m.impl("packed_linear", TORCH_BOX(&linear::packed_linear));
   m.impl("packed_embedding", TORCH_BOX(&embedding::packed_embedding));
   m.impl("attention", TORCH_BOX(&attention::attention));
+  m.impl("rope_append", TORCH_BOX(&rope::rope_append));
   m.impl("chain", TORCH_BOX(&chain::chain));
+  m.impl("chain.one", TORCH_BOX(&chain::one));
+  m.impl("chain.two", TORCH_BOX(&chain::two));
 }
 
 // Called by kernels/load.py. Returns 0, or what is wrong with the table: 1 its format, 2 its version.

@@ -9,6 +9,7 @@
 #include "binding.h"
 #include "binding_attention.h"
 #include "binding_linear.h"
+#include "binding_rope.h"
 
 namespace {
 
@@ -20,7 +21,7 @@ constexpr int64_t kNone = std::numeric_limits<int64_t>::min();
 
 // One call: its op's arguments in the order of its schema, those of a kind together. A slot is -1 where none is given.
 struct Step {
-  enum Kind { kLinear, kAttention, kFlatten } kind;
+  enum Kind { kLinear, kAttention, kRope, kFlatten, kSlots } kind;
   std::vector<int64_t> slots, integers;  // kNone where none is given
   std::vector<double> numbers;           // NaN where none is given
   std::vector<int64_t> last;    // slots that nobody reads behind this step
@@ -42,7 +43,9 @@ struct Signature {
 constexpr Signature kSignatures[] = {
     {"packed_linear", Step::kLinear, "tttttiiiiiittffttfiiiff"},
     {"attention", Step::kAttention, "ttttfftt"},
+    {"rope_append", Step::kRope, "tttttt"},
     {"flatten", Step::kFlatten, "t"},
+    {"slots", Step::kSlots, "t"},
 };
 
 int64_t slot_of(const std::string& word, int64_t count, bool optional) {
@@ -63,6 +66,11 @@ std::string shape_of(const std::vector<int64_t>& integers) {
   return " [" + std::to_string(k) + ", " + std::to_string(kernel->packed_bytes(n, k, integers[4] != 0)) + "]";
 }
 
+// Whether a call may do without its i-th tensor.
+bool optional(Step::Kind kind, size_t i) {
+  return kind == Step::kRope ? i == 1 || i == 2 : i >= (kind == Step::kLinear ? 2 : kind == Step::kAttention ? 4 : 1);
+}
+
 Step read_step(std::istringstream& line, const std::string& name, int64_t known) {
   for (const Signature& s : kSignatures) {
     if (name != s.name) continue;
@@ -77,8 +85,8 @@ Step read_step(std::istringstream& line, const std::string& name, int64_t known)
       CHECK(end == nullptr || *end == 0 || word == "-", name, ": '", word, "' is not a number");
     }
     CHECK(!(line >> word), name, " has too many arguments");
-    const size_t needed = s.kind == Step::kLinear ? 2 : s.kind == Step::kAttention ? 4 : 1;
-    for (size_t i = 0; i < needed; i++) CHECK(step.slots[i] >= 0, name, " lacks one of its tensors");
+    for (size_t i = 0; i < step.slots.size(); i++)
+      CHECK(step.slots[i] >= 0 || optional(s.kind, i), name, " lacks one of its tensors");
     if (s.kind == Step::kLinear) step.name += shape_of(step.integers);
     return step;
   }
@@ -126,6 +134,19 @@ const Program& program_of(const std::string& text) {
   return *known;
 }
 
+Tensor view(const Tensor& t, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), int64_t(sizes.size()), sizes.data(), strides.data(),
+                                                               0, &handle));
+  return Tensor(handle);
+}
+
+// A cache [slots, batch, heads, width] as attention reads it.
+Tensor heads_first(const Tensor& t) {
+  CHECK(t.dim() == 4, "slots takes four dimensions");
+  return view(t, {t.size(1), t.size(2), t.size(0), t.size(3)}, {t.stride(1), t.stride(2), t.stride(0), t.stride(3)});
+}
+
 // The last two dimensions as one, without a copy where strides allow.
 Tensor flat(const Tensor& t) {
   CHECK(t.dim() >= 2, "flatten takes two dimensions at least");
@@ -134,10 +155,7 @@ Tensor flat(const Tensor& t) {
   for (int64_t d = 0; d + 1 < t.dim(); d++) sizes.push_back(t.size(d)), strides.push_back(dense.stride(d));
   sizes.back() *= t.size(t.dim() - 1);
   strides.back() = 1;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(dense.get(), t.dim() - 1, sizes.data(), strides.data(), 0, &handle));
-  return Tensor(handle);
+  return view(dense, sizes, strides);
 }
 
 // Tells torch's profiler of a step; costs some nanoseconds where none is running.
@@ -162,6 +180,10 @@ Tensor run(const Step& step, const std::vector<Optional>& slots) {
                                    f[3], f[4]);
     case Step::kAttention:
       return attention::attention(tensor(0), tensor(1), tensor(2), tensor(3), f[0], f[1], given(4), given(5));
+    case Step::kRope:
+      return rope::rope_append(tensor(0), given(1), given(2), tensor(3), tensor(4), tensor(5));
+    case Step::kSlots:
+      return heads_first(tensor(0));
     default:
       return flat(tensor(0));
   }
@@ -180,6 +202,23 @@ std::vector<Tensor> chain(std::vector<Tensor> tensors, std::string text) {
   std::vector<Tensor> results;
   for (int64_t slot : program.results) results.push_back(*slots[slot]);
   return results;
+}
+
+// Programs that write to caches: a schema with a list of results can't say so.
+std::vector<Tensor> writing(std::vector<Tensor> tensors, const std::vector<Tensor>& caches, std::string text, size_t count) {
+  tensors.insert(tensors.end(), caches.begin(), caches.end());
+  std::vector<Tensor> results = chain(std::move(tensors), std::move(text));
+  CHECK(results.size() == count, "the program has ", results.size(), " results, not ", count);
+  return results;
+}
+
+Tensor one(std::vector<Tensor> tensors, std::vector<Tensor> caches, std::string text) {
+  return writing(std::move(tensors), caches, std::move(text), 1)[0];
+}
+
+std::tuple<Tensor, Tensor> two(std::vector<Tensor> tensors, std::vector<Tensor> caches, std::string text) {
+  const std::vector<Tensor> results = writing(std::move(tensors), caches, std::move(text), 2);
+  return {results[0], results[1]};
 }
 
 }  // namespace chain
