@@ -78,7 +78,7 @@ def _written(graph: fx.Graph, view: object, attention: fx.Node) -> tuple[fx.Node
     """The cache that attention reads, and the one write to it, which comes before."""
     if not isinstance(view, fx.Node) or view.target != "permute" or view.args[1:] != TO_HEADS:
         return None
-    cache = view.args[0]
+    cache: fx.Node = view.args[0]
     writes = [node for node in cache.users if node.target is operator.setitem and node.args[0] is cache]
     if len(writes) != 1 or view.users.keys() != {attention} or cache.users.keys() != {view, *writes}:
         return None
@@ -159,8 +159,9 @@ def _means_rope(
         return False
     slots = torch.arange(queries).expand(batch, queries)
     caches = [torch.zeros(queries, *_sizes(cache)[1:], dtype=torch.float64) for cache in (keys, values)]
-    tables = (None, None) if cos is None else (known[cos], known[sin])
-    wanted = [_rope_append(known[qkv], *tables, slots, *caches), *(cache.transpose(0, 1) for cache in caches)]
+    turns = (None, None) if cos is None else (known[cos], known[sin])
+    rotated = _rope_append(known[qkv], turns[0], turns[1], slots, caches[0], caches[1])
+    wanted = [rotated, *(cache.transpose(0, 1) for cache in caches)]
     try:
         for node in sorted(inside):
             known[node] = _run(node, known)
