@@ -18,8 +18,9 @@ STEPS = [
     ("keep_int8", "static to static:", "codes, not bf16"),
     ("lower", "generated > onednn", "> aten > reference"),
     ("share_embeddings", "a tied table is read", "from the head's codes"),
+    ("fuse_rope", "rotation and the cache's", "writes: one native call"),
     ("chain_calls", "native calls in a row", "are one call"),
-    ("Inductor", "everything else:", "rotary, sampling, ..."),
+    ("Inductor", "everything else:", "sampling, masks, ..."),
 ]
 WIDTH, HEIGHT, GAP = 158, 74, 22
 
@@ -28,7 +29,7 @@ def draw() -> str:
     total = len(STEPS) * (WIDTH + GAP) + GAP
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} 190" font-family="system-ui, sans-serif" font-size="12" role="img">',
-        "<title>The pipeline: capture, ten passes, Inductor; packed weights in one store</title>",
+        "<title>The pipeline: capture, eleven passes, Inductor; packed weights in one store</title>",
         '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0L8 4L0 8z" fill="#888"/></marker></defs>',
     ]

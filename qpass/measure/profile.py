@@ -16,7 +16,8 @@ KINDS = {
     "linear": ("qpass::packed_linear", "aten::linear", "aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
     "attention": ("qpass::attention", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product"),
     "embedding": ("qpass::packed_embedding", "aten::embedding"),
-    "pointwise": ("graph_", "cpp_fused"),  # Inductor's kernels: norms, rotary, residuals, the cache's writes
+    "rotary": ("qpass::rope_append",),  # and the cache's writes
+    "pointwise": ("graph_", "cpp_fused"),  # Inductor's kernels: whatever of norms, rotary and residuals is left to it
 }
 REST = "rest"
 """Wrapper, guards, allocations: the step's wall time less everything above."""

@@ -28,14 +28,14 @@ def _rope_append(
     ``slots[b, q]`` of ``keys`` [L, B, H_kv, D] and ``values`` [L, B, H_kv, D_v], which have qkv's dtype. Computed in
     fp32, rounded once. A slot outside of the cache is an error.
     """
-    batch, queries, columns = qkv.shape
+    batch, _, columns = qkv.shape
     shared, width = keys.shape[2:]
     heads = heads_of(columns, keys, values)
     q, k, v = qkv.split([heads * width, shared * width, shared * values.shape[3]], -1)
     q, k = (_rotated(x.unflatten(-1, (-1, width)), cos, sin) for x in (q, k))
     rows = torch.arange(batch, device=qkv.device)[:, None]
     keys[slots, rows] = k
-    values[slots, rows] = v.reshape(batch, queries, shared, -1)
+    values[slots, rows] = v.unflatten(-1, values.shape[2:])
     return q.transpose(1, 2).contiguous()
 
 

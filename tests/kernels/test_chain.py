@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qpass.kernels import attention_unit
 from qpass.kernels.format import KernelFormat
-from qpass.ops.chain import _chain
+from qpass.ops.chain import _chain, _one
 
 pytestmark = pytest.mark.skipif(not SERVES, reason="needs AVX2")
 
@@ -90,6 +90,63 @@ def test_several_python_threads() -> None:
     with ThreadPoolExecutor(4) as pool:
         results = pool.map(lambda i: torch.ops.qpass.chain(layers[i % 4].tensors(), Layer.program)[1], range(100))
         assert all(torch.equal(a, b) for a, b in zip(results, wanted * 25, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_any_number_of_threads(count: int) -> None:
+    """Threads stay together for all of a program; with one there are none to keep."""
+    layer, before = Layer(1, 70), torch.get_num_threads()
+    wanted = layer.one_by_one()
+    try:
+        torch.set_num_threads(count)
+        got = torch.ops.qpass.chain(layer.tensors(), layer.program)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_a_call_that_fails_ends_the_program_and_nothing_else() -> None:
+    """The error comes out of the parallel region, and the next program has its threads."""
+    layer = Layer(1, 70)
+    wanted = layer.one_by_one()
+    for _ in range(20):
+        with pytest.raises(RuntimeError, match="the weight 64 inputs"):
+            torch.ops.qpass.chain(layer.tensors(), layer.program.replace(f"64 {K}", f"64 {K // 2}"))
+        got = torch.ops.qpass.chain(layer.tensors(), layer.program)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_a_program_that_rotates_and_writes_caches() -> None:
+    """rope_append, the cache as attention reads it, attention: what fuse_rope leaves of a layer."""
+    use(FORMAT)
+    attention_unit.ensure()
+    qkv = torch.randn(2, 3, (HEADS + 2 * SHARED) * WIDTH).bfloat16()
+    cos, sin = (torch.randn(2, 3, WIDTH).bfloat16() for _ in range(2))
+    slots = torch.tensor([[4, 5, 6], [9, 10, 11]])
+    caches = [torch.randn(SLOTS, 2, SHARED, WIDTH).bfloat16() for _ in range(2)]
+    span = torch.stack([torch.zeros_like(slots), slots + 1], -1)[:, None].to(torch.int32)
+    program = "\n".join(
+        [
+            "inputs 7",
+            "rope_append %0 %1 %2 %3 %5 %6",
+            "slots %5",
+            "slots %6",
+            "attention %7 %8 %9 %4 0.125 0.0 - -",
+            "flatten %10",
+            "return %11",
+        ]
+    )
+    results = []
+    for run in (torch.ops.qpass.chain.one, _one):
+        written = [cache.clone() for cache in caches]
+        results.append([run([qkv, cos, sin, slots, span], written, program), *written])
+    assert results[0][0].shape == (2, 3, K)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not torch.equal(results[0][1], caches[0])
+    with pytest.raises(RuntimeError, match="slot 99 is outside"):
+        torch.ops.qpass.chain.one([qkv, cos, sin, slots * 0 + 99, span], caches, program)
+    with pytest.raises(RuntimeError, match="the program has 1 results, not 2"):
+        torch.ops.qpass.chain.two([qkv, cos, sin, slots, span], [cache.clone() for cache in caches], program)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "scratch.h"
+#include "team.h"
 #include "tensors.h"
 
 namespace {
@@ -27,6 +28,15 @@ std::atomic<const QpassTuning*> tunings[kFormats];  // replaced ones are kept: a
 
 thread_local Scratch activations;  // of the calling thread, read by the workers
 thread_local Scratch worker;       // of each thread that runs tasks
+
+thread_local Team* team = nullptr;  // of the thread that runs a chain's calls, while it does
+
+// f(begin, end) for pieces of [0, count), on several threads.
+template <class F>
+void spread(int64_t count, const F& f) {
+  if (team) team->each(count, f);
+  else torch::stable::parallel_for(0, count, 1, f);
+}
 
 // A tensor as rows: elements between rows, if its leading dimensions collapse into one and its last is dense.
 std::optional<int64_t> row_stride(const Tensor& t) {

@@ -76,7 +76,7 @@ void run(QpassAttentionCall& call, const QpassAttention& kernel) {
         for (int64_t i; (i = next++) < count;) run(&call, scratch, i);
     };
     if (count == 1) work(0, 1);
-    else torch::stable::parallel_for(0, std::min(count, int64_t(call.threads)), 1, work);
+    else spread(std::min(count, int64_t(call.threads)), work);
   };
   all(call.tasks * call.blocks, kernel.run);
   if (call.blocks > 1 && !failed) all(call.tasks, kernel.merge);

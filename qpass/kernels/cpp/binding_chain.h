@@ -2,8 +2,10 @@
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <exception>
 #include <mutex>
 #include <sstream>
+#include <thread>
 #include <unordered_map>
 
 #include "binding.h"
@@ -57,13 +59,20 @@ int64_t slot_of(const std::string& word, int64_t count, bool optional) {
   return slot;
 }
 
+// The kernel of a linear by its integers; null for one that its call will refuse.
+const QpassKernel* kernel_of(const std::vector<int64_t>& integers) {
+  const int64_t n = integers[0], k = integers[1], format = integers[2];
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  if (format < 0 || format >= kFormats || n < 1 || k < 1 || n >= kMost || k >= kMost) return nullptr;
+  return kernels[format].load(std::memory_order_acquire);
+}
+
 // " [K, bytes of the packed weight]": what measure/profile.py sorts linears by.
 std::string shape_of(const std::vector<int64_t>& integers) {
-  const int64_t n = integers[0], k = integers[1], format = integers[2];
-  if (format < 0 || format >= kFormats || n < 1 || k < 1) return "";  // the call will say what is wrong
-  const QpassKernel* kernel = kernels[format].load(std::memory_order_acquire);
+  const QpassKernel* kernel = kernel_of(integers);
   if (!kernel) return "";
-  return " [" + std::to_string(k) + ", " + std::to_string(kernel->packed_bytes(n, k, integers[4] != 0)) + "]";
+  const int64_t bytes = kernel->packed_bytes(integers[0], integers[1], integers[4] != 0);
+  return " [" + std::to_string(integers[1]) + ", " + std::to_string(bytes) + "]";
 }
 
 // Whether a call may do without its i-th tensor.
@@ -189,16 +198,62 @@ Tensor run(const Step& step, const std::vector<Optional>& slots) {
   }
 }
 
+// The packed weights of the program's linears that are given as they should be: they are only asked for, not read.
+std::vector<Weights> weights_of(const Program& program, const std::vector<Tensor>& tensors) {
+  std::vector<Weights> weights;
+  for (const Step& step : program.steps) {
+    if (step.kind != Step::kLinear) continue;
+    weights.push_back({nullptr, 0, 0});
+    const QpassKernel* kernel = kernel_of(step.integers);
+    const int64_t slot = step.slots[1];
+    if (!kernel || slot >= program.inputs || !tensors[slot].is_cpu()) continue;
+    const bool glu = step.integers[4] != 0;
+    const int64_t block = kernel->packed_bytes(glu ? 2 : 1, step.integers[1], glu);  // that of one output
+    weights.back() = {static_cast<const uint8_t*>(tensors[slot].const_data_ptr()), tensors[slot].numel() / block, block};
+  }
+  return weights;
+}
+
+// Runs f on this thread while the others of one parallel region wait for its calls' tasks.
+template <class F>
+void together(const Program& program, const std::vector<Tensor>& tensors, const F& f) {
+  const int threads = int(torch::stable::get_num_threads());
+  if (threads < 2 || team) return f();
+  Team members(threads, weights_of(program, tensors));
+  const std::thread::id caller = std::this_thread::get_id();
+  std::exception_ptr error;
+  bool done = false;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+      if (std::this_thread::get_id() != caller) members.serve(int(t));
+      else if (!done) {
+        done = true;
+        team = &members;
+        try {
+          f();
+        } catch (...) {
+          error = std::current_exception();
+        }
+        team = nullptr;
+        members.end();
+      }
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
 std::vector<Tensor> chain(std::vector<Tensor> tensors, std::string text) {
   const Program& program = program_of(text);
   CHECK(int64_t(tensors.size()) == program.inputs, "the program takes ", program.inputs, " tensors, not ",
         tensors.size());
   std::vector<Optional> slots(tensors.begin(), tensors.end());
   slots.reserve(program.inputs + program.steps.size());
-  for (const Step& step : program.steps) {
-    slots.push_back(run(step, slots));
-    for (int64_t slot : step.last) slots[slot].reset();
-  }
+  together(program, tensors, [&] {
+    for (const Step& step : program.steps) {
+      slots.push_back(run(step, slots));
+      for (int64_t slot : step.last) slots[slot].reset();
+    }
+  });
   std::vector<Tensor> results;
   for (int64_t slot : program.results) results.push_back(*slots[slot]);
   return results;

@@ -46,18 +46,18 @@ void run(QpassCall& call, const QpassKernel& kernel) {
     call.kept = inliers;
   }
   if (call.m * call.k < 32768 || call.m == 1) kernel.prepare(&call, 0, call.m);
-  else
-    torch::stable::parallel_for(0, call.m, 1, [&](int64_t begin, int64_t end) { kernel.prepare(&call, begin, end); });
+  else spread(call.m, [&](int64_t begin, int64_t end) { kernel.prepare(&call, begin, end); });
 
   const int64_t tasks = kernel.partition(&call), bytes = kernel.scratch_bytes(&call);
   std::atomic<bool> failed{false};
+  if (team) team->begins();
   auto work = [&](int64_t begin, int64_t end) {
     void* scratch = worker.get(bytes);
     if (scratch) kernel.run(&call, scratch, begin, end);
     else failed = true;
   };
   if (call.m * call.n * call.k < 1 << 18) work(0, tasks);  // shorter than waking a thread
-  else torch::stable::parallel_for(0, tasks, 1, work);
+  else spread(tasks, work);
   activations.trim();
   CHECK(!failed, "out of memory for ", bytes, " bytes of scratch");
 }

@@ -72,7 +72,7 @@ Tensor rope_append(Tensor qkv, Optional cos, Optional sin, Tensor slots, Tensor 
     for (int64_t i = begin; i < end; i++) table->rope(&c, i);
   };
   if (count < kAlone) work(0, count);
-  else torch::stable::parallel_for(0, count, kAlone / 2, work);
+  else spread(count, work);
   return out;
 }
 
