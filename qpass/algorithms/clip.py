@@ -20,7 +20,7 @@ Cost = Callable[[Tensor], Tensor]
 """What errors [rows, K/G, G] cost each row and group, [rows, K/G]; it may overwrite the errors."""
 
 STEPS = 24
-"""Shrunken ranges that are tried, evenly from the whole one down to :func:`_lowest_shrink`."""
+"""Shrunken ranges that are tried, evenly from the whole one down to :func:`lowest_shrink`."""
 
 CHUNK = 1 << 17
 """Weights at a time: the search passes over them dozens of times and should find them in the cache."""
@@ -80,10 +80,10 @@ def span(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 
 
 def _fit_chunk(w: Tensor, format: Format, cost: Cost) -> tuple[Tensor, Tensor]:
-    whole, middle = _whole(w, format)
+    whole, middle = whole_range(w, format)
     best_scales, best_zeros = whole.clone(), middle.clone()
     best = torch.full_like(whole, float("inf"))
-    shrinks = torch.linspace(1.0, _lowest_shrink(format), STEPS).tolist()
+    shrinks = torch.linspace(1.0, lowest_shrink(format), STEPS).tolist()
     center = w.amin(dim=2).add_(w.amax(dim=2)).div_(2) if format.float_zeros else None
     for shift in (0.0,) if format.symmetric or format.float_zeros else (0.0, -1.0, 1.0):
         zeros = (middle + shift).clamp_(0, format.max_code) if center is None else middle
@@ -101,7 +101,7 @@ def _fit_chunk(w: Tensor, format: Format, cost: Cost) -> tuple[Tensor, Tensor]:
     return best_scales, best_zeros
 
 
-def _whole(w: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+def whole_range(w: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     """Scales and zeros [rows, K/G] of whole ranges; scale 1 for a group of zeros."""
     if format.symmetric:
         middle = 1 << (format.bits - 1)
@@ -127,7 +127,7 @@ def _positive(scales: Tensor) -> Tensor:
     return torch.where(scales > torch.finfo(torch.float32).tiny, scales, torch.ones_like(scales))
 
 
-def _lowest_shrink(format: Format) -> float:
+def lowest_shrink(format: Format) -> float:
     """Fewer codes cut off more: the best range of a normal group of 128 is 0.9 of the whole at 4 bits, 0.5 at 2."""
     return {2: 0.3, 3: 0.45, 4: 0.55}.get(format.bits, 0.8)
 

@@ -204,20 +204,21 @@ def _solve(linears: list[Layer], seen: Moments, algorithm: str) -> tuple[list[QW
     amplitude, hessian, drift = seen.amplitude(), seen.hessian(), seen.drift()
     check_finite(hessian, linears[0].name)
     damping = min(1.0, max(DAMPING, OVERFIT * len(hessian) / max(1, seen.rows)))
+    rounds = partial(gptq, damping=damping, grid="clipped")
     try:
         if drift is not None:
             shared = factor(hessian, damping=damping)
             weights = [aligned(w, drift, shared, TARGETS) for w in weights]
         if algorithm == "awq":
-            return awq(weights, amplitude, hessian, formats)
+            return awq(weights, amplitude, hessian, formats, damping=damping)
         divisor = None
         if algorithm == "awq+gptq":
-            divisor = search(weights, amplitude, hessian, formats)
+            divisor = search(weights, amplitude, hessian, formats, rounds, damping=damping)
             hessian = hessian / divisor[:, None] / divisor
             weights = [w * divisor for w in weights]
         if drift is None or divisor is not None:
             shared = factor(hessian, damping=damping)
-        return [gptq(w, shared, format) for w, format in zip(weights, formats, strict=True)], divisor
+        return [rounds(w, shared, format) for w, format in zip(weights, formats, strict=True)], divisor
     except ValueError as error:
         raise OptionError(f"{', '.join(linear.name for linear in linears)}: {error}") from error
 

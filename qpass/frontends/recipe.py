@@ -22,7 +22,7 @@ class Choice:
     names: tuple[str, ...]
     scheme: str
     bytes: int
-    microseconds: float  # of one token, by the performance model
+    microseconds: float  # of one token, as measured on the machine of the search
     kl: float  # of the model's output when only these linears are quantized so, nats a token
     reason: str = ""
 

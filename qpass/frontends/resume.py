@@ -18,7 +18,7 @@ from qpass.lowering.given import Given
 from qpass.qweight import QWeight
 from qpass.scheme import Format
 
-VERSION = "1"
+VERSION = "2"
 
 
 def fingerprint(model: nn.Module, settings: Mapping[str, object], batches: Iterable[tuple[tuple, dict]]) -> str:

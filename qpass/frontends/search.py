@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qpass.cpu import Cpu, detect
+from qpass.cpu import detect
 from qpass.errors import OptionError, QpassError
 from qpass.frontends import progress
 from qpass.frontends.batches import read_batches
@@ -23,8 +23,8 @@ from qpass.frontends.instrument import Shared
 from qpass.frontends.recipe import Choice, Recipe, read_json, write_json
 from qpass.frontends.simulate import Simulation, divergence, logits_of
 from qpass.frontends.statistics import Statistics
-from qpass.kernels import plan
 from qpass.measure.linear import format_of
+from qpass.measure.token_times import token_seconds
 from qpass.scheme import Scheme
 
 CANDIDATES = ("w16a16", "w8a8-dynamic", "w8a16", "w4a16-g32", "w4a16-g64", "w4a16-g128", "w4a8-g64", "w3a16-g64")
@@ -80,7 +80,8 @@ def search(
     Each input's linears are simulated in each candidate scheme alone, and the KL of the model's output is measured (in
     nats a token, which is about the growth of log perplexity). For ``bytes`` the choices with the least sum that fits are found
     by dynamic programming. For ``ppl`` they follow the convex hull of time against KL, which for a sum of separate choices is
-    the knapsack's answer to within one step; what all of them cost together is measured, and bisected upon.
+    the knapsack's answer to within one step; what all of them cost together is measured, and bisected upon. A token's time in each
+    shape and scheme is measured once on this machine and kept, so that a search gives the same recipe twice.
 
     batches   as for ``qpass.calibrate``; a few hundred tokens are enough, each is run candidates x inputs times
     stats     what ``qpass.calibrate`` saw: int8 activations are then smoothed
@@ -118,21 +119,21 @@ def search(
     inputs = dict(simulation.inputs)
     if not inputs:
         raise OptionError("the model has no linear layer over a Parameter")
-    # Not this minute's rates: a search gives the same recipe twice.
-    cpu = replace(detect(), rates=plan.typical_rates(detect().tier))
     table: dict[tuple[str, ...], list[Option]] = {}
     with progress.counting("measuring sites", len(inputs)) as show:
         for done, (names, shared) in enumerate(inputs.items()):
             show(done, names[0])
+            seconds = token_seconds(*_shape(shared), schemes, detect(), _element(shared))
             table[names] = [
                 Option(
                     scheme,
-                    *_cost(shared, scheme, cpu),
+                    _bytes(shared, scheme),
+                    seconds[scheme.name],
                     measure(dict.fromkeys(names, scheme)) if scheme.quantizes else 0.0,
                 )
                 for scheme in schemes
             ]
-    full = sum(_cost(shared, Scheme.parse("w16a16"), cpu)[0] for shared in inputs.values())
+    full = sum(_bytes(shared, Scheme.parse("w16a16")) for shared in inputs.values())
     with progress.waiting("choosing"):
         if asked.kind == "bytes":
             chosen, together = _within_bytes(asked, table, full, measure)
@@ -186,15 +187,18 @@ class _Notes:
             write_json(self.path, {"format": _FORMAT, "question": self.question, "kl": self.kl})
 
 
-def _cost(shared: Shared, scheme: Scheme, cpu: Cpu) -> tuple[int, float]:
-    """Bytes of the linears' weights, and the seconds that they take for one token, by the performance model."""
-    n, k = sum(reader.ref.shape[0] for reader in shared.readers), shared.readers[0].ref.shape[1]
-    size = shared.readers[0].ref.parameter.element_size()
-    assert cpu.rates is not None
-    if scheme.weight is None:
-        return n * k * size, plan.core_of(cpu.tier).call_seconds + n * k * size / cpu.rates.read_bytes
-    format = format_of(scheme)
-    return format.packed_bytes(n, k), plan.plan(plan.Shape(1, n, k), format, cpu).seconds
+def _shape(shared: Shared) -> tuple[int, int]:
+    """Outputs of all linears that read the input, and inputs."""
+    return sum(reader.ref.shape[0] for reader in shared.readers), shared.readers[0].ref.shape[1]
+
+
+def _element(shared: Shared) -> int:
+    return shared.readers[0].ref.parameter.element_size()
+
+
+def _bytes(shared: Shared, scheme: Scheme) -> int:
+    n, k = _shape(shared)
+    return n * k * _element(shared) if scheme.weight is None else format_of(scheme).packed_bytes(n, k)
 
 
 Table = dict[tuple[str, ...], list[Option]]

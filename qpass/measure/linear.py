@@ -67,7 +67,10 @@ def candidate(name: str, n: int, k: int) -> Candidate:
     copies = -(-COPIES_BYTES // first.numel())
     packed = [first, *(first.clone() for _ in range(copies - 1))]
     kernel, number = torch.ops.qpass.packed_linear.default, format.number
-    return Candidate(lambda x, i: kernel(x, packed[i], None, None, None, n, k, number, 0, False), copies, first.numel())
+    more = {"x_scale": 1.0} if format.rule == "a8-static" else {}
+    return Candidate(
+        lambda x, i: kernel(x, packed[i], None, None, None, n, k, number, 0, False, **more), copies, first.numel()
+    )
 
 
 def _peer(name: str, n: int, k: int, generator: torch.Generator) -> Candidate:

@@ -50,7 +50,7 @@ def test_siblings_share_a_divisor_and_may_differ_in_format() -> None:
 
 def test_even_inputs_are_left_alone() -> None:
     weight, _ = _layer()
-    (found,), divisor = awq([weight], torch.ones(K), torch.eye(K), [Format(4, 64)], clipped=False)
+    (found,), divisor = awq([weight], torch.ones(K), torch.eye(K), [Format(4, 64)], clipped=False, learned=False)
     assert torch.equal(divisor, torch.ones(K))
     assert torch.equal(found.codes, rtn(weight, Format(4, 64)).codes)
 
