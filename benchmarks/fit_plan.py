@@ -36,7 +36,9 @@ def predicted(record: Record) -> float:
     format, tier = format_of(Scheme.parse(s["name"])), cast(Tier, record.machine.tier)
     l2_bytes = (2 if tier == "amx" else 1) << 20
     rates = Rates(**s["rates"])
-    cpu = Cpu(record.machine.cpu, "x", frozenset(), record.machine.cores, l2_bytes=l2_bytes, rates=rates)
+    amd = "AMD" in record.machine.cpu  # all of whose records are Zen 4's
+    vendor, isa = ("AuthenticAMD", frozenset({"avx512_bf16"})) if amd else ("GenuineIntel", frozenset())
+    cpu = Cpu(record.machine.cpu, vendor, isa, record.machine.cores, l2_bytes=l2_bytes, rates=rates)
     return 1e3 * plan.predict(Shape(s["m"], s["n"], s["k"]), format, cpu, s["path"], tier).seconds
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from qpass.cpu import Cpu, Tier, detect
 from qpass.errors import KernelError
 from qpass.kernels.format import KernelFormat
-from qpass.kernels.plan import Tuning
+from qpass.kernels.plan import Tuning, a16_by_int8
 from qpass.kernels.source import binding_unit, extras, kernel_unit
 from qpass.kernels.store import obtain
 from qpass.kernels.tuning import tuned
@@ -24,7 +24,7 @@ _registered: dict[int, _Registered] = {}  # by format number
 
 
 class _Registered(NamedTuple):
-    target: tuple[Tier, bool, tuple[str, ...]]  # tier, emulated, extra instructions
+    target: tuple[Tier, bool, tuple[str, ...], bool]  # tier, emulated, extra instructions, a16 by int8
     path: Path
     tuning: Tuning
 
@@ -36,7 +36,7 @@ def ensure(*formats: KernelFormat, cpu: Cpu | None = None, tier: Tier | None = N
     """
     cpu = cpu or detect()
     tier = tier or cpu.tier
-    target = (tier, emulate, extras(cpu, tier))
+    target = (tier, emulate, extras(cpu, tier), a16_by_int8(cpu, tier))
     with _lock:
         known = {number: kernel.target for number, kernel in _registered.items()}
         missing = [f for f in dict.fromkeys(formats) if known.get(f.number) != target]

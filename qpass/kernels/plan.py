@@ -48,6 +48,17 @@ EPILOGUE_OPS = 6.0  # 16 outputs: load, bias, round, store
 DOT_LATENCY = {"a16": 6.0, "a8": 4.0}  # cycles, Zen 4 and Sapphire Rapids (uops.info: vdpbf16ps, vpdpbusd)
 
 
+def a16_by_int8(cpu: Cpu, tier: Tier) -> bool:
+    """Whether 16-bit activations are multiplied as int8 terms (``cpp/prologue.h``): where int8 dot products are far faster.
+
+    With VNNI alone bf16 is fp32 arithmetic, half as many products an instruction and conversions beside it; and Intel's
+    vdpbf16ps runs every other cycle (Sapphire and Emerald Rapids, 2026-11: 80e9 products a second where vpdpbusd makes 700e9).
+    AMD's runs twice a cycle (Zen 4), and AMX has tiles for both.
+    """
+    slow = "avx512_bf16" not in cpu.isa or cpu.vendor == "GenuineIntel"
+    return tier == "avx_vnni" or (tier == "avx512_vnni" and slow)
+
+
 @dataclass(frozen=True)
 class Core:
     """What counting instructions doesn't tell; fitted to measurements by ``benchmarks/fit_plan.py``."""
@@ -92,6 +103,7 @@ class Blocking:
 
     task_rows: int  # rows whose fp32 totals (64 outputs each) stay in the L2 cache
     prefetch_bytes: int  # how far ahead of its use a weight is asked for
+    prefetch_pages: int  # that are asked for in turns, a line of each; 0: one line after the other
 
 
 @dataclass(frozen=True)
@@ -166,7 +178,10 @@ def tile_rows(format: KernelFormat, tier: Tier, path: Path) -> int:
 def blocking(cpu: Cpu) -> Blocking:
     """A quarter of the L2 cache for the totals, next to a panel, the activations of a segment and the weights to come."""
     rows = cpu.l2_bytes // 4 // (BLOCK * 4)
-    return Blocking(task_rows=max(192, min(2048, rows // 96 * 96)), prefetch_bytes=8192)
+    pages = (
+        8 if cpu.vendor == "GenuineIntel" else 0
+    )  # 5 to 10% at up to six rows on Emerald Rapids; not measured on AMD's
+    return Blocking(task_rows=max(192, min(2048, rows // 96 * 96)), prefetch_bytes=8192, prefetch_pages=pages)
 
 
 def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier | None = None) -> Plan:
@@ -175,18 +190,20 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
     rates = cpu.rates or typical_rates(tier)
     if tier not in SERVED:
         raise ValueError(f"{cpu.name} has tier {tier}; the kernels need one of {', '.join(SERVED)}")
-    core, kind = core_of(tier), "a16" if format.rule == "a16" else "a8"
+    wide = format.rule == "a16" and a16_by_int8(cpu, tier)
+    core, kind = core_of(tier), "a16" if format.rule == "a16" and not wide else "a8"
+    tokens, terms = shape.m, 2 if wide else 1  # of bf16 activations
     macs_of_dot = 32 if kind == "a16" else 64
     n, k = format.blocks(shape.n, shape.glu) * BLOCK, format.padded_k(shape.k)
     rows = tile_rows(format, tier, path)
-    passes = -(-shape.m // rows)  # of a tile over the weights
+    passes = -(-tokens * terms // rows)  # of a tile over the weights
     operands = n * k / macs_of_dot  # of 64 bytes
-    dots = operands * shape.m
+    dots = operands * tokens * terms
     spans = tier not in ("avx2", "avx_vnni") and (path == "panel" or (path == "stream" and passes > 1))
     accumulates = path == "tiles" and format.folds_once and kind == "a8"  # cpp/accumulate_amx.h
     whole = (SPAN if spans else SEGMENT)[kind]  # inputs between stores where no group ends
     segment = k if accumulates else whole if format.folds_once else format.group or whole
-    folds = shape.m * n / LANES * -(-k // segment) / rates.vector_ops
+    folds = tokens * terms * n / LANES * -(-k // segment) / rates.vector_ops
     unpack_ops = UNPACK_OPS[format.bits, kind] + (STEP_OPS if format.integer_scales else 0.0)
     unpacking = operands * unpack_ops
     if path == "tiles":
@@ -197,7 +214,7 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
         compute = dots * macs_of_dot * padded / max(rate, 1.0) + unpacked + folds * core.tile_fold_ops
     else:
         rate = (rates.int8_macs if kind == "a8" else rates.bf16_macs) / macs_of_dot * core.dot_efficiency
-        height = min(shape.m, rows)
+        height = min(tokens * terms, rows)
         multiplying = dots / rate * max(1.0, DOT_LATENCY[kind] / (height * 4))  # at least: too few sums in flight
         if path == "panel":
             beforehand = operands * (unpack_ops + LOAD_OPS + STORE_OPS) / rates.vector_ops
@@ -211,14 +228,15 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
     memory = moved / (rates.read_bytes * (core.linear_read if path == "linear" else core.stream_read))
     tasks = format.blocks(shape.n, shape.glu) // (2 if shape.glu else 1) * -(-shape.m // blocking(cpu).task_rows)
     idle = -(-tasks // cpu.cores) * cpu.cores / tasks  # the last tasks leave threads without work
-    prepared = shape.m * k * (2 if kind == "a16" else 1)
+    prepared = tokens * k * (2 if format.rule == "a16" else 1)
     if prepared > cpu.l2_bytes // 2:  # activations come from the next cache again, for every block of outputs
         sharing = SHARING if path == "tiles" else 1
         compute += n / BLOCK / sharing * prepared / (rates.read_bytes * core.l3_read)
-    prepare = shape.m * k / LANES * PREPARE_OPS[kind] / rates.vector_ops * (cpu.cores if shape.m == 1 else 1)
+    prepare = shape.m * k / LANES * PREPARE_OPS[kind] * terms / rates.vector_ops * (cpu.cores if shape.m == 1 else 1)
     finish = shape.m * n / LANES * EPILOGUE_OPS / rates.vector_ops
     busy = (memory**core.overlap + (compute * idle) ** core.overlap) ** (1 / core.overlap)
     peak = max(rates.int8_macs, rates.int8_tile_macs) if kind == "a8" else max(rates.bf16_macs, rates.bf16_tile_macs)
+    peak /= terms
     multiplies = shape.m * shape.n * shape.k
     return Plan(
         tier=tier,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qpass.cpu import Cpu, Tier
 from qpass.kernels.format import KernelFormat
-from qpass.kernels.plan import Blocking, blocking
+from qpass.kernels.plan import Blocking, a16_by_int8, blocking
 
 HEADERS = Path(__file__).parent / "cpp"
 
@@ -64,7 +64,7 @@ def kernel_unit(format: KernelFormat, cpu: Cpu, tier: Tier | None = None, *, emu
         flags.append(f"-DQPASS_{tier.upper()}_EMULATED")
         if "avx512_bf16" not in cpu.isa and "-mavx512bf16" in flags:
             flags.remove("-mavx512bf16")
-    text = _text(format, blocking(cpu))
+    text = _text(format, blocking(cpu), format.rule == "a16" and a16_by_int8(cpu, tier))
     return Unit(f"{format.name}-{tier}", text, (*COMMON_FLAGS, *flags), included("kernel.h"))
 
 
@@ -98,11 +98,13 @@ def rates_unit(cpu: Cpu) -> Unit:
     return Unit(f"rates-{cpu.tier}", text, (*COMMON_FLAGS, *tier_flags(cpu, cpu.tier)), headers)
 
 
-def _text(format: KernelFormat, blocking: Blocking) -> str:
+def _text(format: KernelFormat, blocking: Blocking, by_int8: bool) -> str:
     rule = "QPASS_" + format.rule.upper().replace("-", "_")
     return (
         f"#define QPASS_TASK_ROWS {blocking.task_rows}\n"
         f"#define QPASS_PREFETCH_BYTES {blocking.prefetch_bytes}\n"
+        f"#define QPASS_PREFETCH_PAGES {blocking.prefetch_pages}\n"
+        f"#define QPASS_A16_BY_INT8 {int(by_int8)}\n"
         f'#include "kernel.h"\n'
         f"QPASS_DEFINE_KERNEL({format.number}, {format.bits}, {format.group or 0}, {rule}, {format.scale_bytes}, {format.zero_bytes})\n"
     )

@@ -7,13 +7,14 @@ stale; its digest lies next to it and is checked before it may be loaded. The fo
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qpass.errors import KernelError
@@ -73,18 +74,33 @@ def obtain(
 ) -> Path:
     """The path of the built unit, checked; builds it when it isn't there. Raises KernelError.
 
-    Two processes may build the same unit at once: both succeed, and the first one's result stays.
+    Of two processes that want the same unit at once one builds it while the other waits; where files can't be locked both
+    build, and the first one's result stays.
     """
     folder = open_folder(folder or cache_folder())
     compiler = find_compiler()
     home = folder / f"{unit.name}-{identity(unit, compiler)}"
     if not home.exists():
-        _add(unit, home, compiler, builder)
+        with _one_at_a_time(home):
+            if not home.exists():
+                _add(unit, home, compiler, builder)
         prune(folder)
     check(home / _LIBRARY)
     with contextlib.suppress(OSError):  # a read-only cache serves, it only can't tell what is in use
         os.utime(home)
     return home / _LIBRARY
+
+
+@contextlib.contextmanager
+def _one_at_a_time(home: Path) -> Iterator[None]:
+    """Hold the lock of a unit that isn't there yet. It ends with the process that holds it, so nobody waits for a dead one."""
+    lock = home.parent / f".{home.name}.lock"
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # a folder that can't be written to is refused by who builds
+            file = held.enter_context(lock.open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+            held.callback(lock.unlink, missing_ok=True)
+        yield
 
 
 def prune(folder: Path, most: int = MOST_UNITS, kept_seconds: float = KEPT_SECONDS) -> int:

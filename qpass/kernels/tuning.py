@@ -15,7 +15,7 @@ from qpass.kernels.format import KernelFormat
 from qpass.kernels.plan import Tuning
 from qpass.kernels.store import cache_folder, open_folder
 
-VERSION = 5
+VERSION = 6
 """Of the kernels that were timed, and of the file's meaning; another one is ignored."""
 
 

@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 
 import qpass.ops  # noqa: F401
-from qpass.cpu import Cpu, Tier, detect
+from qpass.cpu import Tier, detect
 from qpass.kernels import load
 from qpass.kernels.format import BITS, GROUPS, RULES, KernelFormat
 from qpass.kernels.pack import pack
-from qpass.kernels.plan import NEVER, SERVED, Tuning
+from qpass.kernels.plan import NEVER, SERVED, Tuning, a16_by_int8
 
 CPU = detect()
 SERVES = CPU.tier in SERVED
 
-PLAIN = "avx512_vnni-plain"
-"""AVX-512 VNNI without BF16, VBMI and GFNI: Cascade Lake."""
+PLAIN, PAIRS = "avx512_vnni-plain", "avx512_vnni-pairs"
+"""AVX-512 VNNI without BF16, VBMI and GFNI (Cascade Lake), and with dot products of bf16 that are worth taking (Zen 4)."""
 
-_PLAIN_CPU = replace(CPU, isa=CPU.isa - {"avx512_bf16", "avx512vbmi", "gfni"})
+_VARIANTS = {
+    PLAIN: replace(CPU, isa=CPU.isa - {"avx512_bf16", "avx512vbmi", "gfni"}),
+    PAIRS: replace(CPU, vendor="AuthenticAMD"),
+}
 
 EMULATED: dict[Tier, Tier] = {"avx_vnni": "avx512_vnni", "amx": "avx512_vnni"}
 """What a machine without the tier needs to run its emulation."""
@@ -79,7 +82,7 @@ INTEGER_SCALES: dict[str, list[KernelFormat]] = {
 
 def _cases() -> list[tuple[KernelFormat, str]]:
     """What the slow tests run: every format on the machine's own tier, which other tests ask for too; on each other tier a
-    covering, whose turns differ so that all formats but a few meet one of them; without BF16 and VBMI only what they
+    covering, whose turns differ so that all formats but a few meet one of them; of AVX-512 VNNI's variants only what they
     change, a16.
 
     A unit costs two to three seconds to compile, which is nearly all that these tests cost. Several formats in one unit
@@ -89,6 +92,7 @@ def _cases() -> list[tuple[KernelFormat, str]]:
         "avx_vnni": covering(1),
         "avx512": covering(2),
         PLAIN: [_format(bits, group, "a16") for bits, group in zip(sorted(BITS), GROUPS[1:], strict=True)],
+        PAIRS: [_format(bits, group, "a16") for bits, group in zip(sorted(BITS), GROUPS[:4], strict=True)],
         "avx512_vnni": covering(3),
         "amx": covering(3),
     }
@@ -97,7 +101,12 @@ def _cases() -> list[tuple[KernelFormat, str]]:
     for extra in (FLOAT_ZEROS, INTEGER_SCALES):
         for tier, formats in extra.items():
             chosen[tier] = chosen[tier] + formats
-    return [(f, tier) for tier, formats in chosen.items() if tier.removesuffix("-plain") in TIERS for f in formats]
+    runs = [tier for tier in chosen if _real(tier) in TIERS and (tier != PAIRS or "avx512_bf16" in CPU.isa)]
+    return [(format, tier) for tier in runs for format in chosen[tier]]
+
+
+def _real(tier: str) -> Tier:
+    return tier.partition("-")[0]  # type: ignore[return-value]
 
 
 CASES = _cases()
@@ -123,9 +132,13 @@ def over(cases: list[tuple[KernelFormat, str]]) -> pytest.MarkDecorator:
 
 def use(*formats: KernelFormat, tier: str = CPU.tier) -> None:
     """Serve these formats with the kernels of ``tier`` (the machine's own by default) from now on."""
-    cpu: Cpu = _PLAIN_CPU if tier == PLAIN else CPU
-    real: Tier = tier.removesuffix("-plain")  # type: ignore[assignment]
-    load.ensure(*formats, cpu=cpu, tier=real, emulate=not CPU.runs(real))
+    real = _real(tier)
+    load.ensure(*formats, cpu=_VARIANTS.get(tier, CPU), tier=real, emulate=not CPU.runs(real))
+
+
+def by_int8(tier: str) -> bool:
+    """Whether 16-bit activations become int8 terms there."""
+    return a16_by_int8(_VARIANTS.get(tier, CPU), _real(tier))
 
 
 @dataclass

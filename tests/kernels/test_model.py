@@ -22,7 +22,7 @@ WITHIN = 0.25
 DIFFERS = 1.15
 
 KNOWN = {
-    "avx512_vnni": Cpu("recorded", "x", frozenset(), 2),
+    "avx512_vnni": Cpu("recorded", "AuthenticAMD", frozenset({"avx512_bf16"}), 2),
     "amx": Cpu("recorded", "x", frozenset(), 2, l2_bytes=2 << 20),
 }
 

@@ -8,10 +8,11 @@ import sys
 import pytest
 from kernel_cases import FORMATS
 
-from qpass.cpu import _NEEDS, Cpu, Tier
+from qpass.cpu import _NEEDS, Cpu, Rates, Tier
 from qpass.kernels import plan
 from qpass.kernels.format import KernelFormat
 from qpass.kernels.plan import Shape
+from qpass.kernels.source import kernel_unit
 
 
 def test_sums_that_could_overflow_are_refused() -> None:
@@ -37,6 +38,37 @@ def test_plan_names_a_path_that_the_unit_has() -> None:
     assert plan.plan(Shape(1, 64, 128), a16, vnni).weight_bytes == 64 * 64 + 128 + 64
     with pytest.raises(ValueError, match="tier none"):
         plan.plan(Shape(1, 64, 128), a16, Cpu("x", "y", frozenset(), 2))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "tier", "bf16", "expected"),
+    [
+        ("GenuineIntel", "avx512_vnni", False, True),  # Cascade Lake, Ice Lake
+        ("GenuineIntel", "avx512_vnni", True, True),  # Sapphire Rapids under a hypervisor that hides its tiles
+        ("GenuineIntel", "avx_vnni", False, True),  # Alder Lake
+        ("AuthenticAMD", "avx512_vnni", True, False),  # Zen 4
+        ("GenuineIntel", "amx", True, False),
+        ("GenuineIntel", "avx512", False, False),  # no dot products of int8 to take
+        ("AuthenticAMD", "avx2", False, False),
+    ],
+)
+def test_where_16_bits_are_int8_terms(vendor: str, tier: Tier, bf16: bool, expected: bool) -> None:
+    isa = plan_isa(tier) | ({"avx512_bf16"} if bf16 else set())
+    cpu = Cpu("x", vendor, frozenset(isa), 2, amx_permitted=True, rates=Rates(30e9, 700e9, 80e9, 12e9, 6e12, 3e12))
+    assert plan.a16_by_int8(cpu, tier) == expected
+    assert f"QPASS_A16_BY_INT8 {int(expected)}" in kernel_unit(KernelFormat(4, 128, "a16", 2), cpu, tier).text
+    assert "QPASS_A16_BY_INT8 0" in kernel_unit(KernelFormat(4, 128, "a8-token", 2), cpu, tier).text
+    a8, a16 = (plan.plan(Shape(512, 8960, 1536), KernelFormat(4, 128, r, 2), cpu) for r in ("a8-token", "a16"))
+    if expected:  # two rows a token
+        assert a16.limit_seconds == pytest.approx(2 * a8.limit_seconds)
+        assert 1.5 * a8.seconds < a16.seconds < 2.5 * a8.seconds
+
+
+def test_pages_in_turns_on_intel() -> None:
+    for vendor, pages in (("GenuineIntel", 8), ("AuthenticAMD", 0)):
+        cpu = Cpu("x", vendor, plan_isa("avx512_vnni"), 2)
+        assert plan.blocking(cpu).prefetch_pages == pages
+        assert f"QPASS_PREFETCH_PAGES {pages}" in kernel_unit(KernelFormat(4, 128, "a8-token", 2), cpu).text
 
 
 def plan_isa(tier: Tier) -> frozenset[str]:

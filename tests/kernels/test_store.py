@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -151,6 +153,31 @@ def test_two_processes_at_once(folder: Path) -> None:
     assert [process.communicate(timeout=120)[0] for process in processes] == [b"42\n"] * 4
     assert sorted(p.name for p in folder.glob("*/*")) == ["unit.sha256", "unit.so"]
     assert len(list(folder.iterdir())) == 1
+
+
+def test_who_comes_second_waits(folder: Path) -> None:
+    """Four want one unit: it is built once, and a builder that fails lets the next one try."""
+    built: list[int] = []
+
+    def builder(unit: Unit, library: Path, compiler: tuple[str, ...]) -> None:
+        built.append(len(built))
+        time.sleep(0.2)
+        if built[-1] == 0:
+            raise KernelError("the first one fails")
+        _write(unit, library, compiler)
+
+    def want(_: int) -> object:
+        try:
+            return store.obtain(UNIT, folder, builder=builder)
+        except KernelError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(want, range(4)))
+    assert len(built) == 2
+    assert found.count("the first one fails") == 1
+    assert len(set(map(str, found))) == 2
+    assert not list(folder.glob(".*"))
 
 
 def test_the_cache_is_bounded(folder: Path) -> None:

@@ -38,14 +38,17 @@ QPASS_INLINE F32 activate(F32 x, int activation) {
   }
 }
 
-// The linear's own value: the terms' totals added up, times the token's scale where it is not part of the fold yet,
-// plus what the outliers give (null: none), plus bias.
+// The linear's own value: the terms' totals added up (or read as digits), times the token's scale where it is not part of the
+// fold yet, plus what the outliers give (null: none), plus bias.
 template <class F>
 QPASS_INLINE F32 finish(const float* total, int terms, float token_scale, const float* outliers, const float* bias,
                         int n) {
   F32 v = load_f32(total);
-  for (int t = 1; t < terms; t++) v = add(v, load_f32(total + t * kBlock));
-  if constexpr (F::rule == QPASS_A8_TOKEN || F::rule == QPASS_A8_STATIC) v = mul(v, set(token_scale));
+  for (int t = 1; t < terms; t++) {
+    const F32 next = load_f32(total + t * kBlock);
+    v = F::wide ? fma(v, set(float(kBase)), next) : add(v, next);
+  }
+  if constexpr (F::rule == QPASS_A8_TOKEN || F::rule == QPASS_A8_STATIC || F::wide) v = mul(v, set(token_scale));
   if (outliers) v = add(v, load_f32(outliers));
   return bias ? add(v, load_float<QPASS_F32>(bias, 0, n)) : v;
 }
@@ -111,9 +114,9 @@ struct Block {
 template <class F, int Dtype, bool Glu>
 void store_whole(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_t row, int64_t rows, const float* total,
                  const float* total_up) {
-  constexpr int terms = F::a16 ? terms_of(Dtype) : 1;
+  constexpr int terms = terms_of<F>(Dtype);
   const Block b(c, block);
-  const float* token_scales = F::rule == QPASS_A8_TOKEN ? p.scale(0) : nullptr;
+  const float* token_scales = F::rule == QPASS_A8_TOKEN || F::wide ? p.scale(0) : nullptr;
   const float x_scale = c.x_scale;
   for (int64_t m = row; m < row + rows; m++, total += terms * kBlock, total_up += terms * kBlock) {
     const float token_scale = token_scales ? token_scales[m] : x_scale;
@@ -133,7 +136,7 @@ void store_whole(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_
 template <class F, int Dtype>
 void store_block(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_t row, int64_t rows, const float* total,
                  const float* total_up) {
-  const int terms = F::a16 ? terms_of(Dtype) : 1;
+  const int terms = terms_of<F>(Dtype);
   const int64_t outputs = c.glu ? c.n / 2 : c.n, width = min_of(outputs - block * kBlock, kBlock);
   const bool few = !F::a16 && c.outliers;
   if constexpr (Dtype == QPASS_BF16) {  // what models have; for the others too it would be a tenth of a unit's compile time
@@ -145,7 +148,7 @@ void store_block(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_
   const F32 inverse = set(c.y_scale != 0 ? 1.0f / c.y_scale : 0.0f), shift = set(c.y_shift);
   alignas(64) float outliers[2][kOutlierRows * kBlock];
   for (int64_t m = row; m < row + rows; m++, total += terms * kBlock, total_up += terms * kBlock) {
-    const float token_scale = F::rule == QPASS_A8_TOKEN ? p.scale(0)[m] : c.x_scale;
+    const float token_scale = F::rule == QPASS_A8_TOKEN || F::wide ? p.scale(0)[m] : c.x_scale;
     const int64_t turn = (m - row) % kOutlierRows;
     if (few && turn == 0)
       for (int half = 0; half <= c.glu; half++)

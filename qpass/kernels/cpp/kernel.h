@@ -23,7 +23,7 @@ struct Kernel {
 
   static constexpr int64_t kPanelBytes = F::unpacks ? kSpanSegments<F> * kPanelSegmentBytes<F> : 0;
 
-  static int terms(const QpassCall& c) { return F::a16 ? terms_of(c.dtype) : 1; }
+  static int terms(const QpassCall& c) { return terms_of<F>(c.dtype); }
   static int64_t output_blocks(const QpassCall& c) { return ceil_div(c.glu ? c.n / 2 : c.n, kBlock); }
 
   static int64_t packed_bytes(int64_t n, int64_t k, int32_t glu) { return F::blocks(n, glu) * F::block_bytes(k); }

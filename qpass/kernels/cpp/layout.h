@@ -18,6 +18,10 @@
 
 namespace qpass {
 
+#ifndef QPASS_A16_BY_INT8
+#define QPASS_A16_BY_INT8 0
+#endif
+
 constexpr int kBlock = 64;  // outputs of a block
 constexpr int kVectors = kBlock / kLanes;  // of 16 outputs
 constexpr int kRow = 64;  // bytes
@@ -34,7 +38,8 @@ struct Format {
   static constexpr bool stepped = ScaleBytes == 1;  // integer scales
   static constexpr int rule = Rule;
   static constexpr bool grouped = Group != 0 && !stepped;  // sums are scaled group by group
-  static constexpr bool a16 = Rule == QPASS_A16;
+  // 16-bit activations: as bf16, or as int8 terms (prologue.h) where int8 dot products are far faster than bf16's.
+  static constexpr bool wide = Rule == QPASS_A16 && QPASS_A16_BY_INT8, a16 = Rule == QPASS_A16 && !wide;
   static constexpr int scale_bytes = stepped ? 4 : ScaleBytes;  // of those behind a record
   static constexpr int zero_bytes = ZeroBytes;
   static constexpr bool float_zeros = ZeroBytes == 4;

@@ -5,7 +5,9 @@
 //   values, fp32 scales   [group][row] or [row]            a8 only, fp32
 //   apart, fp32   [row][outliers]   a8 only: the inputs that int8 doesn't get
 // a16 splits fp16 into two bf16 terms and fp32 into three, exactly: each term is a row of its own, and the epilogue
-// adds them.
+// adds them. Or, where int8 dot products are far faster than bf16's (QPASS_A16_BY_INT8), it holds a token's inputs as whole
+// multiples of a scale, bf16 and fp16 of 1/32384 and fp32 of 1/8225000 of the largest, and these as two and three digits of
+// base 254: int8 terms, a row each.
 #pragma once
 #include <type_traits>
 #include "isa.h"
@@ -13,11 +15,19 @@
 
 namespace qpass {
 
-constexpr int terms_of(int dtype) { return dtype == QPASS_BF16 ? 1 : dtype == QPASS_F16 ? 2 : 3; }
+// Rows of the product that a token's inputs become.
+template <class F>
+constexpr int terms_of(int dtype) {
+  if (F::wide) return dtype == QPASS_F32 ? 3 : 2;
+  return !F::a16 || dtype == QPASS_BF16 ? 1 : dtype == QPASS_F16 ? 2 : 3;
+}
+
+constexpr int kBase = 254;  // what is left of a number less its nearest multiple lies within +-127
+constexpr float kMost[] = {0, 127, 32384, 8225000};  // by digits: the first one's nearest, too, is 127 at most
 
 template <class F>
 struct Prepared {
-  int64_t rows;    // of the product: m, times the terms for a16
+  int64_t rows;    // of the product: m, times the terms
   int64_t stride;  // rows and room for the AMX tile that starts at any of them
   int64_t segments, sum_groups, scale_groups;
   uint8_t* elements;
@@ -27,11 +37,11 @@ struct Prepared {
   int64_t outliers;
 
   explicit Prepared(const QpassCall& c) {
-    rows = c.m * (F::a16 ? terms_of(c.dtype) : 1);
+    rows = c.m * terms_of<F>(c.dtype);
     stride = round_up(rows, kLanes) + kLanes;
     segments = F::segments(c.k);
     sum_groups = F::groups(c.k);
-    scale_groups = F::rule == QPASS_A8_TOKEN_GROUP ? sum_groups : F::rule == QPASS_A8_TOKEN ? 1 : 0;
+    scale_groups = F::rule == QPASS_A8_TOKEN_GROUP ? sum_groups : F::rule == QPASS_A8_TOKEN || F::wide ? 1 : 0;
     elements = c.prepared;
     sums = elements + segments * stride * F::segment * F::element;
     scales = (float*)(sums + sum_groups * stride * 4);
@@ -221,7 +231,7 @@ QPASS_INLINE void reorder(const uint16_t* natural, uint16_t* out) {
 
 template <class F, int Dtype, class X>
 void prepare_a16(const QpassCall& c, const Prepared<F>& p, int64_t row, const X& x) {
-  constexpr int terms = terms_of(Dtype);
+  constexpr int terms = terms_of<F>(Dtype);
   const I32 top_half = set(int(0xffff0000));
   F32 sums[terms];
   for (auto& s : sums) s = set(0.0f);
@@ -249,6 +259,38 @@ void prepare_a16(const QpassCall& c, const Prepared<F>& p, int64_t row, const X&
   }
 }
 
+// A token's inputs as digits; its scale is that of the last one.
+template <class F, int Dtype, class X>
+void prepare_wide(const QpassCall& c, const Prepared<F>& p, int64_t row, const X& x) {
+  constexpr int terms = terms_of<F>(Dtype);
+  constexpr float most = kMost[terms];
+  const float amax = largest(x, 0, c.k);
+  const bool zero = amax < 1e-30f;  // below it most / amax overflows
+  const F32 inverse = set(zero ? 0.0f : most / amax);
+  p.scale(0)[row] = zero ? 1.0f : amax / most;
+  const int64_t padded = F::padded_k(c.k);
+  I32 sums[terms];
+  for (auto& s : sums) s = set(0);
+  for (int64_t k = 0; k < padded; k += F::chunk) {
+    const int64_t segment = k / F::segment;
+    for (int i = 0; i < F::chunk; i += kLanes) {
+      I32 rest = to_int(max(min(mul(x(k + i), inverse), set(most)), set(-most)));
+      int place = terms == 3 ? kBase * kBase : kBase;
+      for (int t = 0; t < terms; t++, place /= kBase) {
+        const I32 digit = t + 1 < terms ? to_int(mul(to_float(rest), set(1.0f / float(place)))) : rest;
+        rest = sub(rest, mul(digit, set(place)));
+        sums[t] = add(sums[t], digit);
+        store_i8((int8_t*)p.element(segment, row * terms + t) + k % F::segment + i, digit);
+      }
+    }
+    const bool ends = F::grouped ? (k + F::chunk) % F::segment == 0 : k + F::chunk == padded;
+    for (int t = 0; ends && t < terms; t++) {
+      p.sum_i32(F::grouped ? segment : 0)[row * terms + t] = -sum(sums[t]);
+      sums[t] = set(0);
+    }
+  }
+}
+
 template <class F, class X>
 void prepare_rotated(const QpassCall& c, const Prepared<F>& p, int64_t row, const X& x) {
   alignas(64) float rotated[kMostRotated];
@@ -262,6 +304,7 @@ void prepare_rows(const QpassCall& c, int64_t row_begin, int64_t row_end) {
   for (int64_t row = row_begin; row < row_end; row++) {
     const Inputs<Dtype, Normalizes, F::rule> x(c, row);
     if constexpr (F::a16) prepare_a16<F, Dtype>(c, p, row, x);
+    else if constexpr (F::wide) prepare_wide<F, Dtype>(c, p, row, x);
     else if (c.rotate && !c.x_int8) prepare_rotated<F>(c, p, row, x);
     else prepare_a8<F>(c, p, row, x);
   }

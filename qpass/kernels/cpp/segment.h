@@ -5,6 +5,9 @@
 #ifndef QPASS_PREFETCH_BYTES
 #define QPASS_PREFETCH_BYTES 8192  // how far ahead of its use a weight is asked for
 #endif
+#ifndef QPASS_PREFETCH_PAGES
+#define QPASS_PREFETCH_PAGES 0  // so many pages are asked for in turns, a line of each; 0: one line after the other
+#endif
 
 namespace qpass {
 
@@ -20,6 +23,24 @@ QPASS_INLINE void prefetch_l1(const uint8_t* p) { _mm_prefetch((const char*)p, _
 template <class F>
 QPASS_INLINE void prefetch_row(const uint8_t* chunk, int row) {
   for (int line = F::lines(row); line < F::lines(row + 1); line++) prefetch(chunk + line * kRow);
+}
+
+// What is asked for when the line at p is used. A line after the other waits in one of a core's few line fill buffers, which
+// what is used now needs too. With pages in turns the hardware's prefetcher, which has no such limit, runs ahead in each.
+template <class F>
+QPASS_INLINE const uint8_t* ahead_of(const uint8_t* p) {
+  constexpr uint64_t kPage = 4096, kPages = QPASS_PREFETCH_PAGES;
+  if constexpr (kPages == 0 || F::a16) return p + QPASS_PREFETCH_BYTES;  // bf16 products leave no time for the address
+  else {
+    static_assert((kPages & (kPages - 1)) == 0, "addresses are cut by bits");
+    const uint64_t at = (uint64_t)p, line = at / kRow, region = at & ~(kPages * kPage - 1);
+    return (const uint8_t*)(region + kPages * kPage + line % kPages * kPage + line / kPages % (kPage / kRow) * kRow);
+  }
+}
+
+template <class F>
+QPASS_INLINE void prefetch_ahead_of_row(const uint8_t* chunk, int row) {
+  for (int line = F::lines(row); line < F::lines(row + 1); line++) prefetch(ahead_of<F>(chunk + line * kRow));
 }
 
 // One segment of one group.
@@ -65,6 +86,10 @@ struct Span {
 template <class F>
 QPASS_INLINE void prefetch_tail(const Segment& s, int64_t ahead) {
   for (const uint8_t* line = s.scales; line < s.zeros + kBlock * F::zero_bytes; line += kRow) prefetch(line + ahead);
+}
+template <class F>
+QPASS_INLINE void prefetch_ahead_of_tail(const Segment& s) {
+  for (const uint8_t* line = s.scales; line < s.zeros + kBlock * F::zero_bytes; line += kRow) prefetch(ahead_of<F>(line));
 }
 
 }  // namespace qpass
