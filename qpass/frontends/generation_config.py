@@ -66,7 +66,7 @@ def _refuse(config: Any, processors: Any, model_kwargs: dict[str, Any]) -> None:
         raise OptionError("guidance_scale runs the model a second time a token, which speculation can't check ahead")
     if model_kwargs.get("inputs_embeds") is not None:
         raise OptionError("speculation takes input_ids, not inputs_embeds: a draft must know the tokens")
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))  # its name until transformers 5.23
     if cache is not None and int(cache.get_seq_length()) > 0:
         raise OptionError(
             "speculation keeps a cache of its own and can't go on with past_key_values; give the whole text"

@@ -6,8 +6,9 @@ import re
 
 from torch import fx
 
+# A decorated forward is `wrapper(*args, **kwargs)` to Dynamo: its module is the first of these.
 _ROOT = re.compile(
-    r"[LG]\['(?P<variable>\w+)'\]"
+    r"(?:L\['args'\]\[0\]|[LG]\['(?P<variable>\w+)'\])"
     r"(?:\.__self__|\.__func__|\.__wrapped__|\.__closure__\[(?P<cell>\d+)\]\.cell_contents)*"
 )
 _STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
@@ -55,7 +56,7 @@ class Names:
             return source
         steps = [next(filter(None, groups)) for groups in _STEP.findall(source[match.end() :])]
         if self._several:
-            steps.insert(0, match["variable"] if match["cell"] is None else f"cell{match['cell']}")
+            steps.insert(0, (match["variable"] or "args") if match["cell"] is None else f"cell{match['cell']}")
         return ".".join(steps)
 
 

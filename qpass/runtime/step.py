@@ -60,6 +60,7 @@ def _slots(position: Tensor, input_ids: Tensor) -> Tensor:
 def _forward(model: Any, *, last_only: bool) -> Callable[..., Tensor]:
     accepted = inspect.signature(model.forward).parameters
     takes_positions, keeps = "position_ids" in accepted, "logits_to_keep" in accepted
+    cache_name = "cache" if "cache" in accepted else "past_key_values"  # until transformers 5.23
     swappable, dtype = attention.serves(model), model.dtype
 
     def run(
@@ -74,13 +75,14 @@ def _forward(model: Any, *, last_only: bool) -> Callable[..., Tensor]:
             seen = (slot[None, None, :] <= slots[:, :, None]) & real[:, None, :]  # [B, Q, n]
             seen = seen | (slot[None, None, :] == slots[:, :, None])
             mask = attention.additive(seen[:, None], dtype)  # [B, 1, Q, n]
-        places: dict[str, Any] = {"position_ids": (slots - pad[:, None]).clamp_min(0)} if takes_positions else {}
+        places: dict[str, Any] = {cache_name: cache}
+        if takes_positions:
+            places["position_ids"] = (slots - pad[:, None]).clamp_min(0)
         if last_only and keeps:
             places["logits_to_keep"] = 1 if last is None else last
         out = model.forward(
             input_ids=input_ids,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=True,
             return_dict=True,
             **places,

@@ -1,5 +1,7 @@
 """What a linear is called: as named_modules() would print it."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -38,6 +40,24 @@ def test_a_function_over_one_module():
 def test_a_function_over_two_modules():
     draft, verify = nn.Sequential(nn.Linear(32, 8)), nn.Sequential(nn.Linear(32, 8))
     assert names(lambda x: (draft(x), verify(x))) == [("draft.0",), ("verify.0",)]
+
+
+def test_a_decorated_forward():
+    """As transformers 5.24 renames arguments: the module is the wrapper's first argument."""
+
+    class Decorated(nn.Sequential):
+        def forward(self, *args, **kwargs):
+            return nn.Sequential.forward(self, *args, **kwargs)
+
+    def deprecating(function):
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    Decorated.forward = deprecating(Decorated.forward)
+    assert names(Decorated(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))) == [("0",), ("2",)]
 
 
 def test_parameters_that_are_no_linear_module():
