@@ -91,7 +91,8 @@ def search(
         return best
     damped = hessian + damping * hessian.diagonal().mean() * torch.eye(k)
     learned = learn([w for w, _ in fine], damped, [f for _, f in fine], best, amplitude > 0)
-    return min((learned, best, torch.ones(k)), key=lambda divisor: _judged(divisor, fine, damped, quantizer))
+    candidates = [learned, best] if bool((best == 1).all()) else [learned, best, torch.ones(k)]
+    return min(candidates, key=lambda divisor: _judged(divisor, fine, damped, quantizer))
 
 
 def _judged(divisor: Tensor, weights: list[tuple[Tensor, Format]], hessian: Tensor, quantizer: Quantizer) -> float:
@@ -100,10 +101,8 @@ def _judged(divisor: Tensor, weights: list[tuple[Tensor, Format]], hessian: Tens
     for weight, format in weights:
         stride = max(1, weight.shape[0] // ROWS)
         w = weight[stride // 2 :: stride]
-        error, plain = (
-            quantizer(w * divisor, scaled, format).dequantize() / divisor - w,
-            rtn(w, format).dequantize() - w,
-        )
+        error = quantizer(w * divisor, scaled, format).dequantize() / divisor - w
+        plain = rtn(w, format).dequantize() - w
         most = float((plain @ hessian).mul_(plain).sum())
         total += float((error @ hessian).mul_(error).sum()) / most if most > 0 else 0.0
     return total

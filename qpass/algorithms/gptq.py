@@ -118,7 +118,7 @@ def gptq(
                range is found when its first column comes, from weights that have taken the errors so far.
     block      columns a lazy update; the result doesn't depend on it but for fp32 rounding
     grid       a group's range: "whole", minimum to maximum, as rtn and the paper; "clipped", where the group's squared error,
-               weighted by D, is least: 5 to 10% less error of the output, once the damping keeps D from fitting noise
+               weighted by D, is least: up to 10% less error of the output, once the damping keeps D from fitting noise
     hessian    or its :class:`Factor`, made once for all weights that share an input; it knows its own order and damping
 
     Scales are storable as rtn's are. Raises ValueError for NaN, infinity and shapes that don't fit.

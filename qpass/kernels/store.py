@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from qpass.errors import KernelError
@@ -48,6 +49,18 @@ def open_folder(folder: Path) -> Path:
         raise KernelError(f"the kernel cache {folder} can't be used: {error.strerror}; set QPASS_CACHE") from error
     _check_owner(folder, status)
     return folder
+
+
+def keep(path: Path, values: Mapping[str, float]) -> None:
+    """Write ``values`` to ``path``, CACHE/FOLDER/NAME.json; a reader never sees half of it. Raises KernelError."""
+    folder = open_folder(path.parent.parent)
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(values, file)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise KernelError(f"the kernel cache {folder} can't be written: {error.strerror}; set QPASS_CACHE") from error
 
 
 def _check_owner(path: Path, status: os.stat_result) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 from qpass.cpu import Cpu, Tier
-from qpass.errors import KernelError
-from qpass.kernels import plan
+from qpass.kernels import plan, store
 from qpass.kernels.format import KernelFormat
 from qpass.kernels.plan import Tuning
-from qpass.kernels.store import cache_folder, open_folder
+from qpass.kernels.store import cache_folder
 
 VERSION = 6
 """Of the kernels that were timed, and of the file's meaning; another one is ignored."""
@@ -44,12 +41,4 @@ def kept(format: KernelFormat, cpu: Cpu, tier: Tier) -> Tuning | None:
 
 def keep(format: KernelFormat, cpu: Cpu, tier: Tier, tuning: Tuning) -> None:
     """Remember a search's answer. Raises KernelError where the cache can't be written."""
-    path = _path(format, cpu, tier)
-    folder = open_folder(cache_folder()) / "tuning"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-            json.dump({"version": VERSION, **asdict(tuning)}, file)
-        os.replace(file.name, path)
-    except OSError as error:
-        raise KernelError(f"the kernel cache {folder} can't be written: {error.strerror}; set QPASS_CACHE") from error
+    store.keep(_path(format, cpu, tier), {"version": VERSION, **asdict(tuning)})

@@ -194,5 +194,7 @@ def linear_shares(record: Record) -> tuple[float, float]:
     """Of the read bandwidth, and of the peak of the dot products that the candidate uses."""
     s, seconds, rates = record.settings, record.value / 1e3, record.settings["rates"]
     kind = "int8" if "a8-" in s["name"] or s["name"] == "int8-onednn" else "bf16"
-    peak = max(rates[f"{kind}_macs"], rates[f"{kind}_tile_macs"], rates["int8_macs"] / 2)  # 16 bits: two int8 terms
+    peak = max(rates[f"{kind}_macs"], rates[f"{kind}_tile_macs"])
+    if "a16" in s["name"]:
+        peak = max(peak, rates["int8_macs"] / 2)  # two int8 terms, where bf16 is slow
     return s["weight_bytes"] / seconds / rates["read_bytes"], s["m"] * s["n"] * s["k"] / seconds / peak

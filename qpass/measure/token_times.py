@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +13,8 @@ import torch
 
 from qpass.cpu import Cpu
 from qpass.errors import KernelError
-from qpass.kernels import plan, tuning
-from qpass.kernels.store import cache_folder, open_folder
+from qpass.kernels import plan, store, tuning
+from qpass.kernels.store import cache_folder
 from qpass.lowering.measured import DISTURBED, SMALLEST
 from qpass.measure.linear import candidate, format_of, interleaved
 from qpass.scheme import Scheme
@@ -50,7 +48,10 @@ def _seconds(n: int, k: int, schemes: Sequence[Scheme], cpu: Cpu) -> dict[str, f
         for _ in range(TRIES):
             found = _timed(n, k, schemes)
             if all(found[name] < DISTURBED * seconds for name, seconds in modelled.items()):
-                _keep(path, found)
+                with contextlib.suppress(
+                    KernelError
+                ):  # a cache that can't be written costs the next process a measurement
+                    store.keep(path, found)
                 return found
     except KernelError:  # nothing can be compiled here
         pass
@@ -85,13 +86,3 @@ def _kept(path: Path, wanted: dict[str, float]) -> dict[str, float] | None:
         return None
     good = values.keys() == wanted.keys() and all(0 < seconds < float("inf") for seconds in values.values())
     return values if good else None
-
-
-def _keep(path: Path, found: dict[str, float]) -> None:
-    """A cache that can't be written costs a measurement in the next process."""
-    with contextlib.suppress(KernelError, OSError):
-        folder = open_folder(cache_folder()) / path.parent.name
-        folder.mkdir(mode=0o700, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-            json.dump(found, file)
-        os.replace(file.name, path)

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from attention_units import UNITS
 from kernel_cases import CPU, SERVES, use
 
-from qpass.kernels import load
+from qpass.kernels import attention_unit, load
 from qpass.kernels.format import KernelFormat
 
 
@@ -34,3 +35,16 @@ def seeded() -> Iterator[None]:
     for number, kernel in before.items():
         if load._registered[number] != kernel:
             load._register(KernelFormat.of(number), kernel)
+
+
+@pytest.fixture(params=UNITS, ids=lambda unit: f"{unit[0]}{'' if unit[1] else '-nopairs'}")
+def unit(request) -> Iterator[None]:
+    tier, pairs = request.param
+    attention_unit.ensure(tier=tier, pairs=pairs, emulate=tier == "amx" and not CPU.runs("amx"))
+    yield
+    attention_unit.ensure()
+
+
+@pytest.fixture
+def native() -> None:
+    attention_unit.ensure()

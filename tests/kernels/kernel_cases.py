@@ -106,7 +106,7 @@ def _cases() -> list[tuple[KernelFormat, str]]:
 
 
 def _real(tier: str) -> Tier:
-    return tier.partition("-")[0]  # type: ignore[return-value]
+    return next(each for each in SERVED if each == tier.partition("-")[0])
 
 
 CASES = _cases()

@@ -3,46 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from attention_units import UNITS
 from torch import Tensor
 
-from qpass.cpu import TIERS, Tier, detect
 from qpass.errors import KernelError
 from qpass.kernels import attention_unit
 from qpass.ops.attention import _attention, from_int8, to_int8
 from tests.support.tolerance import sqnr_db
-
-CPU = detect()
-# Every tier that this machine runs, each with all that the CPU has beyond it; avx_vnni adds no instruction that
-# attention uses, so its unit runs wherever that of avx2 does; amx is emulated where it is missing. "False": bf16 without
-# vdpbf16ps.
-RUNS_ON: dict[Tier, Tier] = {"avx_vnni": "avx2", "amx": "avx512_vnni"}
-UNITS = [(tier, True) for tier in TIERS[1:] if CPU.runs(RUNS_ON.get(tier, tier))]
-UNITS = [unit for unit in UNITS if unit[0] != "amx" or "avx512_bf16" in CPU.isa]
-UNITS += [("avx512_vnni", False)] if "avx512_bf16" in CPU.isa and CPU.runs("avx512_vnni") else []
 
 pytestmark = pytest.mark.skipif(not UNITS, reason="needs AVX2")
 
 # fp32: steps of 2^-24 over some hundred terms. bf16 and fp16: one rounding of the output is 2^-9 and 2^-12 at most, 56
 # and 74 dB for values spread evenly; bf16 weights before the second product cost as much again.
 BAR_DB = {torch.float32: 115.0, torch.bfloat16: 50.0, torch.float16: 70.0}
-
-
-@pytest.fixture(params=UNITS, ids=lambda unit: f"{unit[0]}{'' if unit[1] else '-nopairs'}")
-def unit(request) -> Iterator[None]:
-    tier, pairs = request.param
-    attention_unit.ensure(tier=tier, pairs=pairs, emulate=tier == "amx" and not CPU.runs("amx"))
-    yield
-    attention_unit.ensure()
-
-
-@pytest.fixture
-def native() -> None:
-    attention_unit.ensure()
 
 
 class Case:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from test_attention import CPU, UNITS
+from attention_units import UNITS
 from torch import Tensor
 
 from qpass.kernels import attention_unit
@@ -15,19 +13,6 @@ from qpass.ops.rope_append import _rope_append
 pytestmark = pytest.mark.skipif(not UNITS, reason="needs AVX2")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=UNITS, ids=lambda unit: f"{unit[0]}{'' if unit[1] else '-nopairs'}")
-def unit(request) -> Iterator[None]:
-    tier, pairs = request.param
-    attention_unit.ensure(tier=tier, pairs=pairs, emulate=tier == "amx" and not CPU.runs("amx"))
-    yield
-    attention_unit.ensure()
-
-
-@pytest.fixture
-def native() -> None:
-    attention_unit.ensure()
 
 
 class Case:

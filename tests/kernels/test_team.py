@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 import subprocess
 
 import pytest
@@ -23,8 +24,11 @@ def test_each_task_is_done_once(sanitizer: str, tmp_path: pathlib.Path) -> None:
         pytest.skip("the compiler comes without the sanitizers' libraries")
     assert built.returncode == 0, built.stderr[-2000:]
     # Addresses laid out at random may fall where the thread sanitizer keeps its own memory.
-    done = subprocess.run(["setarch", "-R", str(program)], capture_output=True, text=True, timeout=300)
-    if "setarch" in done.stderr:
+    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
+    done = subprocess.run([*fixed, str(program)], capture_output=True, text=True, timeout=300)
+    if "setarch" in done.stderr:  # containers may forbid it
         done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("the thread sanitizer can't place its memory here")
     assert done.returncode == 0, (done.stdout + done.stderr)[:3000]
     assert done.stdout == "0 indices not taken once\n"
