@@ -19,7 +19,7 @@ QPASS_INLINE void multiply(Sum<F> (&sums)[Rows][Vectors], const Span& span, int6
   int64_t ahead = span.ahead;
   auto row = [&](int i, int r, int half) __attribute__((always_inline)) {
     const int at = (first + i) * F::code_rows + r;
-    if (From == kStream) prefetch_ahead_of_row<F>(w, at);
+    if (From == kStream) prefetch_ahead_of_row<F, Rows>(w, at);
     if (From == kCached) prefetch_row<F>(w + ahead, at);
 #pragma GCC unroll 8
     for (int p = 0; p < F::planes; p++) {
@@ -153,7 +153,7 @@ __attribute__((noinline)) void tile(const Span& span, const Prepared<F>& p, int6
   if (!cached) {
     for (int64_t index = span.begin; index < span.end; index++) {
       const Segment s = segment_of<F>(span.block, span.k, span.segments, index);
-      if (From == kStream) prefetch_ahead_of_tail<F>(s);
+      if (From == kStream) prefetch_ahead_of_tail<F, Rows>(s);
       if (From == kCached && span.turn == 0) prefetch_tail<F>(s, span.ahead);
       for (int v = 0; v < kVectors; v += vectors)
         column<F, Rows, vectors, From>(span, index, index + 1, p, row, v, total + v * kLanes);

@@ -27,10 +27,11 @@ QPASS_INLINE void prefetch_row(const uint8_t* chunk, int row) {
 
 // What is asked for when the line at p is used. A line after the other waits in one of a core's few line fill buffers, which
 // what is used now needs too. With pages in turns the hardware's prefetcher, which has no such limit, runs ahead in each.
-template <class F>
+template <class F, int Rows>
 QPASS_INLINE const uint8_t* ahead_of(const uint8_t* p) {
   constexpr uint64_t kPage = 4096, kPages = QPASS_PREFETCH_PAGES;
-  if constexpr (kPages == 0 || F::a16) return p + QPASS_PREFETCH_BYTES;  // bf16 products leave no time for the address
+  constexpr bool busy = F::a16 || (F::bits == 8 && Rows == 1);  // products that leave no time for an address a line
+  if constexpr (kPages == 0 || busy) return p + QPASS_PREFETCH_BYTES;
   else {
     static_assert((kPages & (kPages - 1)) == 0, "addresses are cut by bits");
     const uint64_t at = (uint64_t)p, line = at / kRow, region = at & ~(kPages * kPage - 1);
@@ -38,9 +39,9 @@ QPASS_INLINE const uint8_t* ahead_of(const uint8_t* p) {
   }
 }
 
-template <class F>
+template <class F, int Rows>
 QPASS_INLINE void prefetch_ahead_of_row(const uint8_t* chunk, int row) {
-  for (int line = F::lines(row); line < F::lines(row + 1); line++) prefetch(ahead_of<F>(chunk + line * kRow));
+  for (int line = F::lines(row); line < F::lines(row + 1); line++) prefetch(ahead_of<F, Rows>(chunk + line * kRow));
 }
 
 // One segment of one group.
@@ -87,9 +88,9 @@ template <class F>
 QPASS_INLINE void prefetch_tail(const Segment& s, int64_t ahead) {
   for (const uint8_t* line = s.scales; line < s.zeros + kBlock * F::zero_bytes; line += kRow) prefetch(line + ahead);
 }
-template <class F>
+template <class F, int Rows>
 QPASS_INLINE void prefetch_ahead_of_tail(const Segment& s) {
-  for (const uint8_t* line = s.scales; line < s.zeros + kBlock * F::zero_bytes; line += kRow) prefetch(ahead_of<F>(line));
+  for (const uint8_t* line = s.scales; line < s.zeros + kBlock * F::zero_bytes; line += kRow) prefetch(ahead_of<F, Rows>(line));
 }
 
 }  // namespace qpass
