@@ -35,12 +35,13 @@ struct Accumulator {
   static constexpr int kAsked = 16;  // products of a vector whose codes are asked for together: some 32 KB
   static constexpr int kTurn = F::unpacks ? 1 : 2;  // segments whose codes (32 KB) stay in L1 for all rows
 
-  // Two tiles of sums side by side and two more, `others` floats behind; zeros for the first segments.
-  static QPASS_INLINE void fetch(const float* sums, int64_t others, bool first) {
+  // Four tiles of sums side by side; zeros for the first segments.
+  static QPASS_INLINE void fetch(const float* sums, bool first) {
     if (first) return zero<0>(), zero<1>(), zero<2>(), zero<3>();
     load<0>(sums, kBytes), load<1>(sums + kLanes, kBytes);
-    load<2>(sums + others, kBytes), load<3>(sums + others + kLanes, kBytes);
+    load<2>(sums + kBeside, kBytes), load<3>(sums + kBeside + kLanes, kBytes);
   }
+  // Two tiles of sums side by side and two more, `others` floats behind.
   static QPASS_INLINE void leave(float* sums, int64_t others) {
     store<0>(sums, kBytes), store<1>(sums + kLanes, kBytes);
     store<2>(sums + others, kBytes), store<3>(sums + others + kLanes, kBytes);
@@ -74,7 +75,7 @@ struct Accumulator {
                   float* sums, uint8_t* panel) {
     constexpr int64_t kOfSegment = F::segment / kInputs;
     const int64_t first = begin * kOfSegment, last = min_of(end * kOfSegment, F::padded_k(k) / kInputs);
-    fetch(sums, kBeside, begin == 0);
+    fetch(sums, begin == 0);
     for (int v = 0; v < kVectors; v++) fill(weights + first * kInputsBytes, v, panel + first % 2 * kInputsTiles + v * kTileBytes);
     for (int64_t i = first; i < last;) {
       const int64_t stop = min_of(i + kAsked, last);
@@ -86,7 +87,7 @@ struct Accumulator {
         load<4>(p.element(i / kOfSegment, row) + i % kOfSegment * kInputs, kPitch);
         auto one = [&]<int V, int B>() __attribute__((always_inline)) {
           load<B>(operands + V * kTileBytes, kRow);
-          product<F, V, 4, B>();
+          product<F, V, 4, B>(), done<B>();
           fill(next, V, to + V * kTileBytes);
           asking.some();
         };
@@ -94,34 +95,35 @@ struct Accumulator {
         one.template operator()<1, 6>();
         one.template operator()<2, 7>();
         one.template operator()<3, 5>();
+        done<4>();
       }
     }
     leave(sums, kBeside);
   }
 
-  // 32 rows x 32 outputs: four loads for four products.
-  static QPASS_INLINE void square(const uint8_t* w, const uint8_t* x, int products, Asking& asking) {
-    for (int c = 0; c < products; c++, w += kVectors * kTileBytes, x += kInputs) {
-      load<4>(x, kPitch), load<6>(w, kRow);
-      product<F, 0, 4, 6>(), asking.some();
-      load<7>(w + kTileBytes, kRow);
-      product<F, 1, 4, 7>(), asking.some();
-      load<5>(x + kTileRows * kPitch, kPitch);
-      product<F, 2, 5, 6>(), asking.some();
-      product<F, 3, 5, 7>(), asking.some();
-    }
+  // 32 rows x 32 outputs: four loads for four products. `enter` runs in front of the first product of each tile of sums.
+  template <class Enter>
+  static QPASS_INLINE void square(const uint8_t* w, const uint8_t* x, Asking& asking, Enter&& enter) {
+    stream<4>(x, kPitch), load<6>(w, kRow), enter.template operator()<0>();
+    product<F, 0, 4, 6>(), asking.some();
+    load<7>(w + kTileBytes, kRow), enter.template operator()<1>();
+    product<F, 1, 4, 7>(), done<4>(), asking.some();
+    stream<5>(x + kTileRows * kPitch, kPitch), enter.template operator()<2>();
+    product<F, 2, 5, 6>(), done<6>(), asking.some();
+    enter.template operator()<3>();
+    product<F, 3, 5, 7>(), done<5, 7>(), asking.some();
   }
   // 16 rows x 64 outputs: the last rows, or all.
   static QPASS_INLINE void wide(const uint8_t* w, const uint8_t* x, int products, Asking& asking) {
     for (int c = 0; c < products; c++, w += kVectors * kTileBytes, x += kInputs) {
-      load<4>(x, kPitch), load<5>(w, kRow);
-      product<F, 0, 4, 5>(), asking.some();
+      stream<4>(x, kPitch), load<5>(w, kRow);
+      product<F, 0, 4, 5>(), done<5>(), asking.some();
       load<6>(w + kTileBytes, kRow);
-      product<F, 1, 4, 6>(), asking.some();
+      product<F, 1, 4, 6>(), done<6>(), asking.some();
       load<7>(w + 2 * kTileBytes, kRow);
-      product<F, 2, 4, 7>(), asking.some();
+      product<F, 2, 4, 7>(), done<7>(), asking.some();
       load<5>(w + 3 * kTileBytes, kRow);
-      product<F, 3, 4, 5>(), asking.some();
+      product<F, 3, 4, 5>(), done<4, 5>(), asking.some();
     }
   }
 
@@ -143,22 +145,35 @@ struct Accumulator {
         for (int64_t j = i; j < last; j++) fill(segment(j), panel + (j - i) * kPanelSegmentBytes<F>, asking);
         codes = panel;
       }
-      auto over = [&](auto&& multiply, int64_t at, int half) __attribute__((always_inline)) {
-        for (int64_t j = i; j < last; j++)
-          multiply(codes + (j - i) * kPanelSegmentBytes<F> + half * 2 * kTileBytes, p.element(j, row + at),
-                   segment(j).chunks * F::chunk / kInputs, asking);
-      };
+      auto products = [&](int64_t j) { return int(segment(j).chunks * F::chunk / kInputs); };
       int64_t at = 0;
+      float* held = nullptr;  // where the sums that the tiles hold belong
       for (; rows - at > kTileRows; at += 2 * kTileRows)
         for (int half = 0; half < 2; half++) {
           float* part = sums + at * kBlock + half * 2 * kLanes;
-          fetch(part, kBelow, i == 0);
-          over(square, at, half);
-          leave(part, kBelow);
+          // One tile after the other, under the products of the rest.
+          auto exchange = [&]<int T>() __attribute__((always_inline)) {
+            constexpr int64_t offset = T / 2 * kBelow + T % 2 * kLanes;
+            if (held) store<T>(held + offset, kBytes);
+            if (i == 0) zero<T>();
+            else load<T>(part + offset, kBytes);
+          };
+          auto nothing = []<int>() __attribute__((always_inline)) {};
+          for (int64_t j = i; j < last; j++) {
+            const uint8_t* w = codes + (j - i) * kPanelSegmentBytes<F> + half * 2 * kTileBytes;
+            const uint8_t* x = p.element(j, row + at);
+            int c = j == i;
+            if (c) square(w, x, asking, exchange);
+            for (const int all = products(j); c < all; c++)
+              square(w + c * kInputsTiles, x + c * kInputs, asking, nothing);
+          }
+          held = part;
         }
+      if (held) leave(held, kBelow);
       if (at >= rows) continue;
-      if (at > 0 || i == begin) fetch(sums + at * kBlock, kBeside, i == 0);
-      over(wide, at, 0);
+      if (at > 0 || i == begin) fetch(sums + at * kBlock, i == 0);
+      for (int64_t j = i; j < last; j++)
+        wide(codes + (j - i) * kPanelSegmentBytes<F>, p.element(j, row + at), products(j), asking);
       if (at > 0 || last == end) leave(sums + at * kBlock, kBeside);
     }
   }

@@ -34,12 +34,13 @@ struct Product {
     if (step >= steps) return;
     const uint32_t* b = panel + step * stride;
     amx::load<4>(x + step, x_stride * 4);
-    amx::load<5>(b, stride * 4), amx::dot_bf16<0, 4, 5>();
-    amx::load<6>(b + kLanes, stride * 4), amx::dot_bf16<1, 4, 6>();
+    amx::load<5>(b, stride * 4), amx::dot_bf16<0, 4, 5>(), amx::done<5>();
+    amx::load<6>(b + kLanes, stride * 4), amx::dot_bf16<1, 4, 6>(), amx::done<6>();
     if constexpr (Vectors == 4) {
-      amx::load<7>(b + 2 * kLanes, stride * 4), amx::dot_bf16<2, 4, 7>();
-      amx::load<5>(b + 3 * kLanes, stride * 4), amx::dot_bf16<3, 4, 5>();
+      amx::load<7>(b + 2 * kLanes, stride * 4), amx::dot_bf16<2, 4, 7>(), amx::done<7>();
+      amx::load<5>(b + 3 * kLanes, stride * 4), amx::dot_bf16<3, 4, 5>(), amx::done<5>();
     }
+    amx::done<4>();
     step += kSteps;
   }
   // To out[16][64], once all of it is done.

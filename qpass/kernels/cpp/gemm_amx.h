@@ -135,10 +135,11 @@ QPASS_INLINE void multiply(const uint8_t* w, const uint8_t* x, int chunks, float
       if constexpr (Streams)
 #pragma GCC unroll 16
         for (int r = 0; r < T::steps; r++) prefetch(b + QPASS_PREFETCH_BYTES + r * kRow);
-      if constexpr (V == 0) load<4>(x + (c * T::of_chunk + t) * T::steps * 4, F::segment * F::element);
+      if constexpr (V == 0) stream<4>(x + (c * T::of_chunk + t) * T::steps * 4, F::segment * F::element);
       load<B>(b, kRow);
       if constexpr (J < kVectors) store_sums<V>(before), zero<V>();
-      product<F, V, 4, B>();
+      product<F, V, 4, B>(), done<B>();
+      if constexpr (V == 3) done<4>();
     }
     behind.template operator()<J>();
   };

@@ -30,6 +30,11 @@ template <int T>
 inline void load(const void* base, int64_t stride) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(base), "r"(stride), "i"(T) : "memory");
 }
+// The same for what is read once: it needn't push anything out of the L1 cache.
+template <int T>
+inline void stream(const void* base, int64_t stride) {
+  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(base), "r"(stride), "i"(T) : "memory");
+}
 template <int T>
 inline void store(void* base, int64_t stride) {
   __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(base), "r"(stride), "i"(T) : "memory");
@@ -73,6 +78,10 @@ inline void load(const void* base, int64_t stride) {
   zero<T>();
   for (int r = 0; r < state.config.rows[T]; r++)
     memcpy(state.tile[T][r], (const char*)base + r * stride, state.config.row_bytes[T]);
+}
+template <int T>
+inline void stream(const void* base, int64_t stride) {
+  load<T>(base, stride);
 }
 template <int T>
 inline void store(void* base, int64_t stride) {
@@ -129,5 +138,12 @@ inline void dot_bf16() {
 }
 
 #endif
+
+// Operands that are done with. While the other thread of a core multiplies tiles too, loading a register that holds one
+// already takes as long as the product before; loading one that was cleared does not (docs/decisions.md).
+template <int... T>
+inline void done() {
+  (zero<T>(), ...);
+}
 
 }  // namespace qpass::amx
