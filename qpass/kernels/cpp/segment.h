@@ -27,16 +27,19 @@ QPASS_INLINE void prefetch_row(const uint8_t* chunk, int row) {
 
 // What is asked for when the line at p is used. A line after the other waits in one of a core's few line fill buffers, which
 // what is used now needs too. With pages in turns the hardware's prefetcher, which has no such limit, runs ahead in each.
-template <class F, int Rows>
 QPASS_INLINE const uint8_t* ahead_of(const uint8_t* p) {
   constexpr uint64_t kPage = 4096, kPages = QPASS_PREFETCH_PAGES;
-  constexpr bool busy = F::a16 || (F::bits == 8 && Rows == 1);  // products that leave no time for an address a line
-  if constexpr (kPages == 0 || busy) return p + QPASS_PREFETCH_BYTES;
+  if constexpr (kPages == 0) return p + QPASS_PREFETCH_BYTES;
   else {
     static_assert((kPages & (kPages - 1)) == 0, "addresses are cut by bits");
     const uint64_t at = (uint64_t)p, line = at / kRow, region = at & ~(kPages * kPage - 1);
     return (const uint8_t*)(region + kPages * kPage + line % kPages * kPage + line / kPages % (kPage / kRow) * kRow);
   }
+}
+// The same for tiles of vectors, some of which leave no time for an address a line.
+template <class F, int Rows>
+QPASS_INLINE const uint8_t* ahead_of(const uint8_t* p) {
+  return F::a16 || (F::bits == 8 && Rows == 1) ? p + QPASS_PREFETCH_BYTES : ahead_of(p);
 }
 
 template <class F, int Rows>
