@@ -28,10 +28,11 @@ struct Asking {
 // in a panel, before all rows multiply them.
 template <class F>
 struct Accumulator {
-  static constexpr int64_t kPitch = F::segment * F::element, kBytes = kBlock * 4;
+  static constexpr int64_t kBytes = kBlock * 4;
   static constexpr int64_t kBelow = kTileRows * kBlock, kBeside = 2 * kLanes;  // from two tiles of sums to the other two
   static constexpr int kInputs = 64, kTileBytes = kTileRows * kRow;  // of a product
   static constexpr int kInputsBytes = kInputs / F::chunk * F::chunk_bytes, kInputsTiles = kVectors * kTileBytes;
+  static constexpr int64_t kOfSegment = F::segment / kInputs;  // products
   static constexpr int kAsked = 16;  // products of a vector whose codes are asked for together: some 32 KB
   static constexpr int kTurn = F::unpacks ? 1 : 2;  // segments whose codes (32 KB) stay in L1 for all rows
 
@@ -73,7 +74,6 @@ struct Accumulator {
   // Up to 16 rows: operands are made between the products of those before them, and the sums stay in their tiles.
   static void few(const uint8_t* weights, int64_t k, const Prepared<F>& p, int64_t row, int64_t begin, int64_t end,
                   float* sums, uint8_t* panel) {
-    constexpr int64_t kOfSegment = F::segment / kInputs;
     const int64_t first = begin * kOfSegment, last = min_of(end * kOfSegment, F::padded_k(k) / kInputs);
     fetch(sums, begin == 0);
     for (int v = 0; v < kVectors; v++) fill(weights + first * kInputsBytes, v, panel + first % 2 * kInputsTiles + v * kTileBytes);
@@ -84,7 +84,7 @@ struct Accumulator {
         const uint8_t* next = weights + min_of(i + 1, last - 1) * kInputsBytes;
         const uint8_t* operands = panel + i % 2 * kInputsTiles;
         uint8_t* to = panel + (i + 1) % 2 * kInputsTiles;
-        load<4>(p.element(i / kOfSegment, row) + i % kOfSegment * kInputs, kPitch);
+        load<4>(p.tile(i, row), kRow);
         auto one = [&]<int V, int B>() __attribute__((always_inline)) {
           load<B>(operands + V * kTileBytes, kRow);
           product<F, V, 4, B>(), done<B>();
@@ -103,20 +103,20 @@ struct Accumulator {
 
   // 32 rows x 32 outputs: four loads for four products. `enter` runs in front of the first product of each tile of sums.
   template <class Enter>
-  static QPASS_INLINE void square(const uint8_t* w, const uint8_t* x, Asking& asking, Enter&& enter) {
-    stream<4>(x, kPitch), load<6>(w, kRow), enter.template operator()<0>();
+  static QPASS_INLINE void square(const uint8_t* w, const uint8_t* x, int64_t below, Asking& asking, Enter&& enter) {
+    stream<4>(x, kRow), load<6>(w, kRow), enter.template operator()<0>();
     product<F, 0, 4, 6>(), asking.some();
     load<7>(w + kTileBytes, kRow), enter.template operator()<1>();
     product<F, 1, 4, 7>(), done<4>(), asking.some();
-    stream<5>(x + kTileRows * kPitch, kPitch), enter.template operator()<2>();
+    stream<5>(x + below, kRow), enter.template operator()<2>();
     product<F, 2, 5, 6>(), done<6>(), asking.some();
     enter.template operator()<3>();
     product<F, 3, 5, 7>(), done<5, 7>(), asking.some();
   }
   // 16 rows x 64 outputs: the last rows, or all.
   static QPASS_INLINE void wide(const uint8_t* w, const uint8_t* x, int products, Asking& asking) {
-    for (int c = 0; c < products; c++, w += kVectors * kTileBytes, x += kInputs) {
-      stream<4>(x, kPitch), load<5>(w, kRow);
+    for (int c = 0; c < products; c++, w += kInputsTiles, x += kTileBytes) {
+      stream<4>(x, kRow), load<5>(w, kRow);
       product<F, 0, 4, 5>(), done<5>(), asking.some();
       load<6>(w + kTileBytes, kRow);
       product<F, 1, 4, 6>(), done<6>(), asking.some();
@@ -134,6 +134,7 @@ struct Accumulator {
     if constexpr (F::unpacks)
       if (rows <= kTileRows) return few(weights, k, p, row, begin, end, sums, panel);
     constexpr int64_t kSegmentBytes = F::segment_chunks * F::chunk_bytes;
+    const int64_t below = p.tile(0, kTileRows) - p.tile(0, 0);  // bytes from 16 rows of activations to the next
     auto segment = [&](int64_t i) { return segment_of<F>(weights, k, p.segments, i); };
     for (int64_t i = begin; i < end; i += kTurn) {
       const int64_t last = min_of(i + kTurn, end), bytes = (last - i) * kSegmentBytes;
@@ -161,11 +162,11 @@ struct Accumulator {
           auto nothing = []<int>() __attribute__((always_inline)) {};
           for (int64_t j = i; j < last; j++) {
             const uint8_t* w = codes + (j - i) * kPanelSegmentBytes<F> + half * 2 * kTileBytes;
-            const uint8_t* x = p.element(j, row + at);
+            const uint8_t* x = p.tile(j * kOfSegment, row + at);
             int c = j == i;
-            if (c) square(w, x, asking, exchange);
+            if (c) square(w, x, below, asking, exchange);
             for (const int all = products(j); c < all; c++)
-              square(w + c * kInputsTiles, x + c * kInputs, asking, nothing);
+              square(w + c * kInputsTiles, x + c * kTileBytes, below, asking, nothing);
           }
           held = part;
         }
@@ -173,7 +174,7 @@ struct Accumulator {
       if (at >= rows) continue;
       if (at > 0 || i == begin) fetch(sums + at * kBlock, i == 0);
       for (int64_t j = i; j < last; j++)
-        wide(codes + (j - i) * kPanelSegmentBytes<F>, p.element(j, row + at), products(j), asking);
+        wide(codes + (j - i) * kPanelSegmentBytes<F>, p.tile(j * kOfSegment, row + at), products(j), asking);
       if (at > 0 || last == end) leave(sums + at * kBlock, kBeside);
     }
   }

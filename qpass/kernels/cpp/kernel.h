@@ -52,6 +52,7 @@ struct Kernel {
     int64_t pieces = ceil_div(c->m, most);
     while (c->threads > 1 && blocks * pieces < 8 * c->threads && c->m >= 64 * (pieces + 1)) pieces++;
     c->rows_per_task = ceil_div(c->m, pieces);
+    if (Prepared<F>(*c).tiled) c->rows_per_task = round_up(c->rows_per_task, kLanes);
     c->blocks_per_task = shares && blocks * pieces >= kSharing * c->threads ? kSharing : 1;
     return ceil_div(c->m, c->rows_per_task) * ceil_div(blocks, c->blocks_per_task);
   }

@@ -1,6 +1,7 @@
 // Activations in the kernels' own form, built once a call. Segment after segment (a segment is a group, or a piece of
 // K):
-//   elements [segment][row][segment length]   int8, or bf16 in the order in which the codes' operands pair inputs
+//   elements [segment][row][segment length]   int8, or bf16 in the order in which the codes' operands pair inputs; or, for
+//   tiles whose sums run from the first input to the last, tile after tile: [16 rows][64 inputs][row][input]
 //   sums     [group][row]                     a8: minus the sum of the int8 values, int32; a16: the sum of the bf16
 //   values, fp32 scales   [group][row] or [row]            a8 only, fp32
 //   apart, fp32   [row][outliers]   a8 only: the inputs that int8 doesn't get
@@ -35,6 +36,7 @@ struct Prepared {
   float* scales;
   float* apart;
   int64_t outliers;
+  bool tiled = false;
 
   explicit Prepared(const QpassCall& c) {
     rows = c.m * terms_of<F>(c.dtype);
@@ -47,10 +49,21 @@ struct Prepared {
     scales = (float*)(sums + sum_groups * stride * 4);
     apart = scales + scale_groups * stride;
     outliers = F::a16 ? 0 : c.outliers;
+#ifdef QPASS_AMX
+    tiled = !F::grouped && !F::a16 && c.m >= c.tuning.tile_rows;
+#endif
   }
   int64_t bytes() const { return (uint8_t*)(apart + rows * outliers) - elements; }
   uint8_t* element(int64_t segment, int64_t row) const {
     return elements + (segment * stride + row) * F::segment * F::element;
+  }
+  // From 64 * `step` inputs on, where the elements are tiled.
+  uint8_t* tile(int64_t step, int64_t row) const {
+    return elements + ((row / kLanes * (segments * F::segment / kRow) + step) * kLanes + row % kLanes) * kRow;
+  }
+  // From input k on, up to the next multiple of 64.
+  int8_t* place(int64_t k, int64_t row) const {
+    return (int8_t*)(tiled ? tile(k / kRow, row) + k % kRow : element(k / F::segment, row) + k % F::segment);
   }
   int32_t* sum_i32(int64_t group) const { return (int32_t*)sums + group * stride; }
   float* sum_f32(int64_t group) const { return (float*)sums + group * stride; }
@@ -137,17 +150,15 @@ QPASS_INLINE float largest(const X& x, int64_t begin, int64_t length) {
   return value;
 }
 
-// Quantize inputs [begin, begin + length) to out; returns the sum of the values.
+// Quantize inputs [begin, begin + length) to out; adds the values to `total`.
 template <class X>
-QPASS_INLINE int32_t quantize(const X& x, int64_t begin, int64_t length, float inverse, int8_t* out) {
-  I32 total = set(0);
+QPASS_INLINE void quantize(const X& x, int64_t begin, int64_t length, float inverse, int8_t* out, I32& total) {
   const F32 inv = set(inverse);
   for (int64_t i = 0; i < length; i += kLanes) {
     const I32 q = to_code(mul(x(begin + i), inv));
     total = add(total, q);
     store_i8(out + i, q);
   }
-  return sum(total);
 }
 
 // The inputs that int8 doesn't get, as they are.
@@ -190,16 +201,16 @@ void prepare_a8(const QpassCall& c, const Prepared<F>& p, int64_t row, const X& 
     *scale = zero ? 1.0f : amax / 127.0f;
   };
   if (F::rule == QPASS_A8_TOKEN) choose_scale(largest(x, 0, c.k), p.scale(0) + row);
-  int32_t total = 0;
+  I32 total = set(0);
   for (int64_t s = 0; s < p.segments; s++) {
     const int64_t begin = s * F::segment;
     const int64_t length = F::grouped ? F::segment : (padded - begin < F::segment ? padded - begin : F::segment);
     if (per_group) choose_scale(largest(x, begin, length), p.scale(s) + row);
-    const int32_t part = quantize(x, begin, length, inverse, (int8_t*)p.element(s, row));
-    if (F::grouped) p.sum_i32(s)[row] = -part;
-    total += part;
+    for (int64_t i = begin; i < begin + length; i += kRow)
+      quantize(x, i, min_of(begin + length - i, kRow), inverse, p.place(i, row), total);
+    if (F::grouped) p.sum_i32(s)[row] = -sum(total), total = set(0);
   }
-  if (!F::grouped) p.sum_i32(0)[row] = -total;
+  if (!F::grouped) p.sum_i32(0)[row] = -sum(total);
   set_apart(c, x, p.apart + row * p.outliers);
 }
 
