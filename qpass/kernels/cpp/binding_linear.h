@@ -129,6 +129,8 @@ void set_outliers(QpassCall& call, const QpassKernel& kernel, const std::optiona
           "outliers must ascend within 0 to ", call.k - 1, "; number ", j, " is ", call.outlier_index[j]);
 }
 
+constexpr int64_t kManyRows = 256;
+
 Tensor packed_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::optional<Tensor> mul,
                      std::optional<Tensor> residual, int64_t n, int64_t k, int64_t format, int64_t activation, bool glu,
                      int64_t norm, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double norm_eps,
@@ -181,6 +183,7 @@ Tensor packed_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::o
   call.x_stride = *stride;
   call.y = y.mutable_data_ptr();
   call.y_stride = outputs;
+  if (m >= kManyRows) advise_large_pages(call.y, m * outputs * (y_scale ? 1 : call.dtype == QPASS_F32 ? 4 : 2));
   run(call, kernel);
   return y;
 }

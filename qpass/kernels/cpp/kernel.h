@@ -15,6 +15,7 @@
 namespace qpass {
 
 constexpr int64_t kSharing = 4;  // blocks of a task that share activations from beyond the L2 cache
+constexpr int64_t kEnough = 256;  // rows that are worth reading a weight again for
 
 
 template <class F>
@@ -44,11 +45,15 @@ struct Kernel {
 #endif
 
   // Rows are split where their totals outgrow the cache, or where there are too few blocks to keep all threads busy.
-  // Tiles multiply so fast that activations from beyond the L2 cache would hold them up: several blocks share them.
+  // Tiles multiply so fast that activations from beyond the L2 cache would hold them up: rows are split so that theirs stay
+  // in it from block to block, or, where those would be few, several blocks share them.
   static int64_t partition(QpassCall* c) {
-    const int64_t widths = terms(*c) * (c->glu ? 2 : 1), blocks = output_blocks(*c);
-    const bool shares = tiles(*c) && c->m * terms(*c) * c->k * F::element > QPASS_TASK_ROWS * 512;
-    const int64_t most = QPASS_TASK_ROWS / widths / (shares ? kSharing : 1);
+    constexpr int64_t kHalf = QPASS_TASK_ROWS * 512;  // of the L2 cache, in bytes
+    const int64_t widths = terms(*c) * (c->glu ? 2 : 1), blocks = output_blocks(*c), row_bytes = terms(*c) * c->k * F::element;
+    const int64_t staying = kHalf / row_bytes / kLanes * kLanes;
+    const bool outgrows = tiles(*c) && c->m * row_bytes > kHalf, shares = outgrows && staying < kEnough;
+    const int64_t cached = QPASS_TASK_ROWS / widths / (shares ? kSharing : 1);
+    const int64_t most = outgrows && !shares ? min_of(cached, staying) : cached;
     int64_t pieces = ceil_div(c->m, most);
     while (c->threads > 1 && blocks * pieces < 8 * c->threads && c->m >= 64 * (pieces + 1)) pieces++;
     c->rows_per_task = ceil_div(c->m, pieces);

@@ -1,5 +1,6 @@
 // What every torch binding asks of a tensor.
 #pragma once
+#include <sys/mman.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <string>
@@ -30,6 +31,14 @@ int32_t dtype_of(const Tensor& t) {
     default:
       return -1;
   }
+}
+
+// Large pages for what the allocator may just have got from the system: 2048 rows of 8960 bf16 outputs are 9000 faults of
+// 4 KB, which took 8 ms where all products take 15. Best effort.
+void advise_large_pages(void* data, int64_t bytes) {
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = (uintptr_t(data) + page - 1) / page * page, end = (uintptr_t(data) + uintptr_t(bytes)) / page * page;
+  if (end > begin) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
 }
 
 // A new dense CPU tensor of a QpassDtype. Not through the dispatcher, which would cost a microsecond.
