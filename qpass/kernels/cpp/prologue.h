@@ -92,44 +92,54 @@ struct Inputs {
     if constexpr (Normalizes) {
       weight = c.norm_weight, bias = c.norm_bias;
       const float count = float(k);
-      F32 total = set(0.0f);
-      if (c.norm == QPASS_LAYER_NORM) {
-        for (int64_t i = 0; i < k; i += kLanes) total = add(total, raw(i));
-        mean = set(sum(total) / count);
-        total = set(0.0f);
-      }
-      for (int64_t i = 0; i < k; i += kLanes) {
-        const F32 v = kept(sub(raw(i), mean), i);
-        total = fma(v, v, total);
-      }
-      inverse = div(set(1.0f), sqrt(set(sum(total) / count + c.norm_eps)));
+      if (c.norm == QPASS_LAYER_NORM) mean = set(folded([](F32 total, F32 v) { return add(total, v); }) / count);
+      const float squares = folded([](F32 total, F32 v) { return fma(v, v, total); });
+      inverse = div(set(1.0f), sqrt(set(squares / count + c.norm_eps)));
     }
   }
 
+  // The row less its mean, folded into a sum: in four parts, which needn't wait for each other.
+  template <class Fold>
+  QPASS_INLINE float folded(Fold fold) const {
+    F32 part[4] = {set(0.0f), set(0.0f), set(0.0f), set(0.0f)};
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= k; i += 4 * kLanes)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) part[j] = fold(part[j], sub(raw<true>(i + j * kLanes), mean));
+    for (; i < k; i += kLanes) part[0] = fold(part[0], kept<false>(sub(raw<false>(i), mean), i));
+    return sum(add(add(part[0], part[1]), add(part[2], part[3])));
+  }
+  // `Whole`: there are 16 inputs from i on.
+  template <bool Whole>
   QPASS_INLINE F32 raw(int64_t i) const {
-    return i + kLanes <= k ? load_float<Dtype>(x, i)
-                           : i < k ? load_float<Dtype>(x, i, int(k - i)) : set(0.0f);
+    return Whole || i + kLanes <= k ? load_float<Dtype>(x, i)
+                                    : i < k ? load_float<Dtype>(x, i, int(k - i)) : set(0.0f);
   }
   // Zeros in the lanes behind the last input.
+  template <bool Whole>
   QPASS_INLINE F32 kept(F32 v, int64_t i) const {
-    if (i + kLanes <= k) return v;
+    if (Whole || i + kLanes <= k) return v;
     static constexpr int32_t lane[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return select(less(load(lane), set(int32_t(k > i ? k - i : 0))), v, set(0.0f));
   }
-  QPASS_INLINE F32 operator()(int64_t i) const {
-    F32 v = all(i);
-    if constexpr (kShifts) v = kept(sub(v, shift), i);
-    return inliers && i < k ? from_bits(and_(bits(v), load(inliers + i))) : v;
+  template <bool Whole>
+  QPASS_INLINE F32 at(int64_t i) const {
+    F32 v = all<Whole>(i);
+    if constexpr (kShifts) v = kept<Whole>(sub(v, shift), i);
+    return inliers && (Whole || i < k) ? from_bits(and_(bits(v), load(inliers + i))) : v;
   }
+  QPASS_INLINE F32 operator()(int64_t i) const { return at<false>(i); }
+  QPASS_INLINE F32 whole(int64_t i) const { return at<true>(i); }
   // With the outliers.
+  template <bool Whole = false>
   QPASS_INLINE F32 all(int64_t i) const {
-    if constexpr (!Normalizes) return raw(i);
-    if (i >= k) return set(0.0f);
-    const int n = k - i < kLanes ? int(k - i) : kLanes;
-    F32 v = mul(sub(raw(i), mean), inverse);
+    if constexpr (!Normalizes) return raw<Whole>(i);
+    if (!Whole && i >= k) return set(0.0f);
+    const int n = !Whole && k - i < kLanes ? int(k - i) : kLanes;
+    F32 v = mul(sub(raw<Whole>(i), mean), inverse);
     if (weight) v = mul(v, load_float<QPASS_F32>(weight, i, n));
     if (bias) v = add(v, load_float<QPASS_F32>(bias, i, n));
-    v = kept(v, i);
+    v = kept<Whole>(v, i);
     if constexpr (kRounds) {
       alignas(64) uint16_t rounded[kLanes];
       store_float<Dtype>(rounded, 0, v);
@@ -139,11 +149,21 @@ struct Inputs {
   }
 };
 
+// act(i, the inputs from i on), 16 at a time.
+template <class X, class Act>
+QPASS_INLINE void each(const X& x, int64_t begin, int64_t end, Act&& act) {
+  const int64_t whole = min_of(end, x.k / kLanes * kLanes);
+  int64_t i = begin;
+#pragma GCC unroll 4
+  for (; i < whole; i += kLanes) act(i, x.whole(i));
+  for (; i < end; i += kLanes) act(i, x(i));
+}
+
 // Largest magnitude as the bits of a float: integer order keeps NaN and infinity on top.
 template <class X>
 QPASS_INLINE float largest(const X& x, int64_t begin, int64_t length) {
   I32 top = set(0);
-  for (int64_t k = begin; k < begin + length; k += kLanes) top = max_magnitude(top, x(k));
+  each(x, begin, begin + length, [&](int64_t, F32 v) __attribute__((always_inline)) { top = max_magnitude(top, v); });
   const uint32_t bits = largest_u(top);
   float value;
   memcpy(&value, &bits, 4);
@@ -154,11 +174,11 @@ QPASS_INLINE float largest(const X& x, int64_t begin, int64_t length) {
 template <class X>
 QPASS_INLINE void quantize(const X& x, int64_t begin, int64_t length, float inverse, int8_t* out, I32& total) {
   const F32 inv = set(inverse);
-  for (int64_t i = 0; i < length; i += kLanes) {
-    const I32 q = to_code(mul(x(begin + i), inv));
+  each(x, begin, begin + length, [&](int64_t i, F32 v) __attribute__((always_inline)) {
+    const I32 q = to_code(mul(v, inv));
     total = add(total, q);
-    store_i8(out + i, q);
-  }
+    store_i8(out + i - begin, q);
+  });
 }
 
 // The inputs that int8 doesn't get, as they are.
@@ -177,6 +197,7 @@ struct Row {
   const float* values;
   int64_t k;
   QPASS_INLINE F32 operator()(int64_t i) const { return i < k ? load_f32(values + i) : set(0.0f); }
+  QPASS_INLINE F32 whole(int64_t i) const { return load_f32(values + i); }
   QPASS_INLINE F32 all(int64_t i) const { return (*this)(i); }
 };
 
