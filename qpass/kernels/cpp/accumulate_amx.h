@@ -178,25 +178,6 @@ struct Accumulator {
       if (at > 0 || last == end) leave(sums + at * kBlock, kBeside);
     }
   }
-
-  // The sums of all of K into totals.
-  static void finish(const uint8_t* weights, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows, float* totals) {
-    const Segment s = segment_of<F>(weights, k, p.segments, p.segments - 1);
-    F32 scale[kVectors];
-    decltype(fold_zeros<F>(nullptr, 0)) zero_point[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v++) scale[v] = load_scales<F>(s.scales, v), zero_point[v] = fold_zeros<F>(s.zeros, v);
-    const auto* x_sums = p.sum(0) + row;
-    for (int64_t m = 0; m < rows; m++, totals += kBlock)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; v++) {
-        float* to = totals + v * kLanes;
-        I32 sum;
-        load_sum(to, sum);
-        if constexpr (kIntegerZeros<F>) sum = add(sum, start<F>(zero_point[v], x_sums, int(m)));
-        store_f32(to, fold<F>(sum, F32{}, scale[v], zero_point[v], x_sums, nullptr, int(m)));
-      }
-  }
 };
 
 }  // namespace qpass::amx

@@ -1,7 +1,8 @@
 // What happens to the totals before they are rounded: activation scale, outliers, bias, activation, gate, multiply,
 // residual; all in fp32.
 #pragma once
-#include "prologue.h"
+#include "fold.h"
+#include "segment.h"
 
 namespace qpass {
 
@@ -38,16 +39,47 @@ QPASS_INLINE F32 activate(F32 x, int activation) {
   }
 }
 
-// The linear's own value: the terms' totals added up (or read as digits), times the token's scale where it is not part of the
-// fold yet, plus what the outliers give (null: none), plus bias.
+// A token's terms added up, or read as digits.
 template <class F>
-QPASS_INLINE F32 finish(const float* total, int terms, float token_scale, const float* outliers, const float* bias,
-                        int n) {
+QPASS_INLINE F32 joined(const float* total, int terms) {
   F32 v = load_f32(total);
   for (int t = 1; t < terms; t++) {
     const F32 next = load_f32(total + t * kBlock);
     v = F::wide ? fma(v, set(float(kBase)), next) : add(v, next);
   }
+  return v;
+}
+
+// What tiles leave where sums run from the first input to the last: integers, not scaled yet.
+template <class F>
+struct Sums {
+  F32 scale[kVectors];
+  decltype(fold_zeros<F>(nullptr, 0)) zero[kVectors];
+  const int32_t* minus_sums;
+
+  Sums(const uint8_t* block, int64_t k, const Prepared<F>& p) : minus_sums(p.sum_i32(0)) {
+    const Segment s = segment_of<F>(block, k, p.segments, p.segments - 1);
+    for (int v = 0; v < kVectors; v++) scale[v] = load_scales<F>(s.scales, v), zero[v] = fold_zeros<F>(s.zeros, v);
+  }
+  // Of row m and vector v, from its sums.
+  QPASS_INLINE F32 operator()(const float* total, int v, int64_t m) const {
+    I32 sum;
+    load_sum(total, sum);
+    if constexpr (kIntegerZeros<F>) sum = add(sum, start<F>(zero[v], minus_sums, int(m)));
+    return fold<F>(sum, F32{}, scale[v], zero[v], minus_sums, nullptr, int(m));
+  }
+  // All rows in place.
+  void finish(float* total, int64_t row, int64_t rows) const {
+    for (int64_t m = row; m < row + rows; m++, total += kBlock)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) store_f32(total + v * kLanes, (*this)(total + v * kLanes, v, m));
+  }
+};
+
+// The linear's own value: times the token's scale where it is not part of the fold yet, plus what the outliers give (null:
+// none), plus bias.
+template <class F>
+QPASS_INLINE F32 finish(F32 v, float token_scale, const float* outliers, const float* bias, int n) {
   if constexpr (F::rule == QPASS_A8_TOKEN || F::rule == QPASS_A8_STATIC || F::wide) v = mul(v, set(token_scale));
   if (outliers) v = add(v, load_f32(outliers));
   return bias ? add(v, load_float<QPASS_F32>(bias, 0, n)) : v;
@@ -110,10 +142,10 @@ struct Block {
 };
 
 // Rows [row, row + rows) of whole blocks of outputs without outliers, as they are: `total` and `total_up` are
-// [rows * terms][64].
-template <class F, int Dtype, bool Glu>
+// [rows * terms][64]. `read(total, half, i, m)` is what row m's vector i of a half is worth.
+template <class F, int Dtype, bool Glu, class Read>
 void store_whole(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_t row, int64_t rows, const float* total,
-                 const float* total_up) {
+                 const float* total_up, Read&& read) {
   constexpr int terms = terms_of<F>(Dtype);
   const Block b(c, block);
   const float* token_scales = F::rule == QPASS_A8_TOKEN || F::wide ? p.scale(0) : nullptr;
@@ -123,8 +155,8 @@ void store_whole(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; i++) {
       auto own = [&](const float* totals, int half) __attribute__((always_inline)) {
-        return finish<F>(totals + i * kLanes, terms, token_scale, nullptr, b.bias[half] ? b.bias[half] + i * kLanes : nullptr,
-                         kLanes);
+        return finish<F>(read(totals + i * kLanes, half, i, m), token_scale, nullptr,
+                         b.bias[half] ? b.bias[half] + i * kLanes : nullptr, kLanes);
       };
       const F32 v = b.value<Dtype, Glu>(own(total, 0), Glu ? own(total_up, 1) : F32{}, m, i, kLanes);
       store_float<Dtype>(b.y, m * b.y_stride + b.n + i * kLanes, v);
@@ -132,18 +164,35 @@ void store_whole(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_
   }
 }
 
-// The same of any block: partial, with outliers, to int8 codes, rotated.
+// The same of any block: partial, with outliers, to int8 codes, rotated. `weights`: of the block whose totals are sums still;
+// null where they are finished.
 template <class F, int Dtype>
-void store_block(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_t row, int64_t rows, const float* total,
-                 const float* total_up) {
+void store_block(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_t row, int64_t rows, float* total,
+                 float* total_up, const uint8_t* weights) {
   const int terms = terms_of<F>(Dtype);
   const int64_t outputs = c.glu ? c.n / 2 : c.n, width = min_of(outputs - block * kBlock, kBlock);
   const bool few = !F::a16 && c.outliers;
   if constexpr (Dtype == QPASS_BF16) {  // what models have; for the others too it would be a tenth of a unit's compile time
-    if (!few && c.y_scale == 0 && width == kBlock)
-      return c.glu ? store_whole<F, Dtype, true>(c, p, block, row, rows, total, total_up)
-                   : store_whole<F, Dtype, false>(c, p, block, row, rows, total, total_up);
+    if (!few && c.y_scale == 0 && width == kBlock) {
+      auto store = [&](auto&& read) {
+        if (c.glu) store_whole<F, Dtype, true>(c, p, block, row, rows, total, total_up, read);
+        else store_whole<F, Dtype, false>(c, p, block, row, rows, total, total_up, read);
+      };
+      if constexpr (kAccumulates<F>)
+        if (weights) {
+          const Sums<F> sums[] = {{weights, c.k, p}, {weights + c.glu * F::block_bytes(c.k), c.k, p}};
+          return store([&](const float* at, int half, int i, int64_t m) __attribute__((always_inline)) {
+            return sums[half](at, i, m);
+          });
+        }
+      return store([&](const float* at, int, int, int64_t) __attribute__((always_inline)) { return joined<F>(at, terms_of<F>(Dtype)); });
+    }
   }
+  if constexpr (kAccumulates<F>)
+    if (weights) {
+      Sums<F>(weights, c.k, p).finish(total, row, rows);
+      if (c.glu) Sums<F>(weights + F::block_bytes(c.k), c.k, p).finish(total_up, row, rows);
+    }
   const Block b(c, block);
   const F32 inverse = set(c.y_scale != 0 ? 1.0f / c.y_scale : 0.0f), shift = set(c.y_shift);
   alignas(64) float outliers[2][kOutlierRows * kBlock];
@@ -157,7 +206,7 @@ void store_block(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_
     for (int i = 0; i * kLanes < width; i++) {
       const int lanes = int(min_of(width - i * kLanes, kLanes));
       auto own = [&](const float* totals, int half) {
-        return finish<F>(totals + i * kLanes, terms, token_scale,
+        return finish<F>(joined<F>(totals + i * kLanes, terms), token_scale,
                          few ? outliers[half] + turn * kBlock + i * kLanes : nullptr,
                          b.bias[half] ? b.bias[half] + i * kLanes : nullptr, lanes);
       };
@@ -177,11 +226,11 @@ void store_block(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_
 }
 
 template <class F>
-void store_block(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_t row, int64_t rows, const float* total,
-                 const float* total_up) {
-  if (c.dtype == QPASS_F32) store_block<F, QPASS_F32>(c, p, block, row, rows, total, total_up);
-  else if (c.dtype == QPASS_BF16) store_block<F, QPASS_BF16>(c, p, block, row, rows, total, total_up);
-  else store_block<F, QPASS_F16>(c, p, block, row, rows, total, total_up);
+void store_block(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_t row, int64_t rows, float* total,
+                 float* total_up, const uint8_t* weights) {
+  if (c.dtype == QPASS_F32) store_block<F, QPASS_F32>(c, p, block, row, rows, total, total_up, weights);
+  else if (c.dtype == QPASS_BF16) store_block<F, QPASS_BF16>(c, p, block, row, rows, total, total_up, weights);
+  else store_block<F, QPASS_F16>(c, p, block, row, rows, total, total_up, weights);
 }
 
 }  // namespace qpass

@@ -202,7 +202,7 @@ void multiply_span(const uint8_t* weights, int64_t k, const Prepared<F>& p, int6
 }
 
 // The same over all of K, span after span, for `blocks` blocks in turn: they find the span's activations in the L2 cache.
-// total: [blocks][total_rows][64].
+// total: [blocks][total_rows][64]; sums that accumulate stay what they are, for the epilogue to scale.
 template <class F>
 void multiply_blocks(const uint8_t* weights, int64_t blocks, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows,
                      float* total, int64_t total_rows, uint8_t* panel) {
@@ -217,7 +217,6 @@ void multiply_blocks(const uint8_t* weights, int64_t blocks, int64_t k, const Pr
         const uint8_t* next = last && !done ? weights : block + F::block_bytes(k);
         Accumulator<F>::span(block, k, p, row, rows, begin, end, totals,
                              segment_of<F>(next, k, p.segments, !last ? begin : done ? 0 : end).codes, panel);
-        if (done) Accumulator<F>::finish(block, k, p, row, rows, totals);
       } else {
         multiply_span<F>(block, k, p, row, rows, begin, end, totals, panel);
       }

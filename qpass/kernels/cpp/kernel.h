@@ -88,8 +88,9 @@ struct Kernel {
           multiply_block<F>(weights + b * block_bytes, c.k, p, t_row, t_rows, totals + b * height * kBlock, panel, c.tuning);
       }
       for (int64_t b = 0; b < blocks; b++) {
-        const float* total = totals + b * halves * height * kBlock;
-        store_block<F>(c, p, first + b, row, rows, total, total + height * kBlock);
+        float* total = totals + b * halves * height * kBlock;
+        store_block<F>(c, p, first + b, row, rows, total, total + height * kBlock,
+                       p.tiled ? weights + b * halves * block_bytes : nullptr);
       }
     }
 #ifdef QPASS_AMX

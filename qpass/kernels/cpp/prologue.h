@@ -26,6 +26,15 @@ constexpr int terms_of(int dtype) {
 constexpr int kBase = 254;  // what is left of a number less its nearest multiple lies within +-127
 constexpr float kMost[] = {0, 127, 32384, 8225000};  // by digits: the first one's nearest, too, is 127 at most
 
+// Whether tiles keep their sums from the first input to the last (accumulate_amx.h).
+#ifdef QPASS_AMX
+template <class F>
+constexpr bool kAccumulates = !F::grouped && !F::a16;
+#else
+template <class F>
+constexpr bool kAccumulates = false;
+#endif
+
 template <class F>
 struct Prepared {
   int64_t rows;    // of the product: m, times the terms
@@ -36,7 +45,7 @@ struct Prepared {
   float* scales;
   float* apart;
   int64_t outliers;
-  bool tiled = false;
+  bool tiled;
 
   explicit Prepared(const QpassCall& c) {
     rows = c.m * terms_of<F>(c.dtype);
@@ -49,9 +58,7 @@ struct Prepared {
     scales = (float*)(sums + sum_groups * stride * 4);
     apart = scales + scale_groups * stride;
     outliers = F::a16 ? 0 : c.outliers;
-#ifdef QPASS_AMX
-    tiled = !F::grouped && !F::a16 && c.m >= c.tuning.tile_rows;
-#endif
+    tiled = kAccumulates<F> && c.m >= c.tuning.tile_rows;
   }
   int64_t bytes() const { return (uint8_t*)(apart + rows * outliers) - elements; }
   uint8_t* element(int64_t segment, int64_t row) const {

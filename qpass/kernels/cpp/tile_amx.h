@@ -9,10 +9,6 @@ constexpr int64_t kFew = 64;  // rows that multiply faster than the memory bring
 
 inline bool takes(const QpassCall& c, bool a16) { return a16 || c.m >= c.tuning.tile_rows; }
 
-// Whether sums run from the first input to the last (accumulate_amx.h).
-template <class F>
-constexpr bool kAccumulates = !F::grouped && !F::a16;
-
 template <class F>
 struct Tile {
   static constexpr int steps = kAccumulates<F> || F::steps > 16 ? 16 : F::steps;  // dot-product steps of one tile product
