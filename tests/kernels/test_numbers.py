@@ -190,12 +190,12 @@ def test_rows_are_split_when_there_are_many(format: KernelFormat) -> None:
     ],
     ids=name_of,
 )
-@pytest.mark.parametrize("m", [1000, 1041])
-def test_blocks_that_share_large_activations(format: KernelFormat, m: int) -> None:
-    """Megabytes of activations, rows and segments of K that fill no tile, no task and no span."""
+@pytest.mark.parametrize(("m", "k"), [(1000, 2200), (1041, 2200), (1041, 4600)])
+def test_activations_that_outgrow_the_cache(format: KernelFormat, m: int, k: int) -> None:
+    """Rows that are split, and blocks that share their rows; rows and segments of K that fill no tile, no task and no span."""
     use(format)
-    weight = Weight.random(1100, 2200, format)
-    x = torch.randn(m, 2200).to(torch.bfloat16)
+    weight = Weight.random(1100, k, format)
+    x = torch.randn(m, k).to(torch.bfloat16)
     y = run_static(x, weight)
     for row in (0, 499, m // 2, m - 1):
         assert torch.equal(y[row : row + 1], run_static(x[row : row + 1], weight)), row
