@@ -31,7 +31,7 @@ struct Filling {
   Filling(const Segment& s, uint8_t* to) : segment(s), panel(to) {
     if constexpr (Tile<F>::centered)
       for (int v = 0; v < kVectors; v++) zeros[v] = mul(and_(load_zeros(s.zeros, v), set(kNear)), set(0x01010101));
-    for (const uint8_t* line = s.scales; line < s.zeros + kBlock * F::zero_bytes; line += kRow) prefetch(ahead_of(line));
+    prefetch_ahead_of_tail<F>(s);
   }
   QPASS_INLINE void vector(int chunk, int v) const {
     const uint8_t* w = segment.codes + chunk * F::chunk_bytes;
@@ -39,7 +39,7 @@ struct Filling {
 #pragma GCC unroll 2
     for (int r = 0; r < F::code_rows; r++) {
       const int at = v * F::code_rows + r, half = F::bits == 3 ? at % 2 : 0;
-      for (int line = F::lines(at); line < F::lines(at + 1); line++) prefetch(ahead_of(w + line * kRow));
+      prefetch_ahead_of_row<F>(w, at);
 #pragma GCC unroll 8
       for (int p = 0; p < F::planes; p++) {
         auto operand = codes.plane(row_of<F>(w, at, half), half, p);
@@ -134,7 +134,7 @@ QPASS_INLINE void multiply(const uint8_t* w, const uint8_t* x, int chunks, float
       const uint8_t* b = w + c * F::panel_chunk_bytes + (V * F::steps + t * T::steps) * kRow;
       if constexpr (Streams)
 #pragma GCC unroll 16
-        for (int r = 0; r < T::steps; r++) prefetch(ahead_of(b + r * kRow));
+        for (int r = 0; r < T::steps; r++) prefetch(ahead_of<F>(b + r * kRow));
       if constexpr (V == 0) stream<4>(x + (c * T::of_chunk + t) * T::steps * 4, F::segment * F::element);
       load<B>(b, kRow);
       if constexpr (J < kVectors) store_sums<V>(before), zero<V>();

@@ -27,22 +27,20 @@ QPASS_INLINE void prefetch_row(const uint8_t* chunk, int row) {
 
 // What is asked for when the line at p is used. A line after the other waits in one of a core's few line fill buffers, which
 // what is used now needs too. With pages in turns the hardware's prefetcher, which has no such limit, runs ahead in each.
+// `Rows`: of a tile of vectors, some of which leave no time for an address a line; 0 of AMX's.
+template <class F, int Rows = 0>
 QPASS_INLINE const uint8_t* ahead_of(const uint8_t* p) {
   constexpr uint64_t kPage = 4096, kPages = QPASS_PREFETCH_PAGES;
-  if constexpr (kPages == 0) return p + QPASS_PREFETCH_BYTES;
+  constexpr bool busy = Rows > 0 && (F::a16 || (F::bits == 8 && Rows == 1));
+  if constexpr (kPages == 0 || busy) return p + QPASS_PREFETCH_BYTES;
   else {
     static_assert((kPages & (kPages - 1)) == 0, "addresses are cut by bits");
     const uint64_t at = (uint64_t)p, line = at / kRow, region = at & ~(kPages * kPage - 1);
     return (const uint8_t*)(region + kPages * kPage + line % kPages * kPage + line / kPages % (kPage / kRow) * kRow);
   }
 }
-// The same for tiles of vectors, some of which leave no time for an address a line.
-template <class F, int Rows>
-QPASS_INLINE const uint8_t* ahead_of(const uint8_t* p) {
-  return F::a16 || (F::bits == 8 && Rows == 1) ? p + QPASS_PREFETCH_BYTES : ahead_of(p);
-}
 
-template <class F, int Rows>
+template <class F, int Rows = 0>
 QPASS_INLINE void prefetch_ahead_of_row(const uint8_t* chunk, int row) {
   for (int line = F::lines(row); line < F::lines(row + 1); line++) prefetch(ahead_of<F, Rows>(chunk + line * kRow));
 }
@@ -91,7 +89,7 @@ template <class F>
 QPASS_INLINE void prefetch_tail(const Segment& s, int64_t ahead) {
   for (const uint8_t* line = s.scales; line < s.zeros + kBlock * F::zero_bytes; line += kRow) prefetch(line + ahead);
 }
-template <class F, int Rows>
+template <class F, int Rows = 0>
 QPASS_INLINE void prefetch_ahead_of_tail(const Segment& s) {
   for (const uint8_t* line = s.scales; line < s.zeros + kBlock * F::zero_bytes; line += kRow) prefetch(ahead_of<F, Rows>(line));
 }
