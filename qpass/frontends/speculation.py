@@ -64,7 +64,8 @@ def speculate(
     draft_scheme      the scheme of a draft model
     kv_dtype          None, or "int8" for a cache in half of the memory
     tokenizer, draft_tokenizer  of target and draft: with different vocabularies drafts are translated by text
-    draft_vocabulary  let a draft model propose only the first tokens of its vocabulary, the most frequent: a shorter head
+    draft_vocabulary  let a draft model propose only the first tokens of its vocabulary, the most frequent, and rare ones that
+                      the text has: a shorter head, which costs less
 
     Raises OptionError or UnsupportedError for a pair that can't work together, with the reason.
     """

@@ -15,6 +15,7 @@ from qpass.errors import OptionError, UnsupportedError
 from qpass.runtime import attention
 from qpass.runtime.kv import KVCache
 from qpass.runtime.sampling import eos_ids
+from qpass.runtime.shortcut import Shortcut
 from qpass.runtime.step import make_prompt, make_step, probe
 from qpass.runtime.verify import MOST, make_likely, make_verify
 
@@ -54,6 +55,7 @@ class Decoder:
         self.graphs = 0
         self.compile_seconds = 0.0
         self._configs = attention.configs_of(model)
+        self._shortcuts: dict[Callable[..., Any], Shortcut] = {}
 
     @property
     def context(self) -> int | None:
@@ -82,8 +84,7 @@ class Decoder:
         ``filled`` is the largest position plus one, on the host, so that nothing has to be read back for it.
         """
         cache.check_room(filled - 1, 1)
-        ids = input_ids.flatten()[:, None]
-        return self._run(self.token_step, ids, position, pad, cache.keys, cache.values)
+        return self._step(self.token_step, input_ids.flatten()[:, None], position, pad, cache)
 
     @functools.cached_property
     def prompt_step(self) -> Callable[..., Any]:
@@ -129,7 +130,11 @@ class Decoder:
         ids = ids.flatten().view(ids.shape)
         if q > 1:
             torch._dynamo.mark_dynamic(ids, 1, min=2, max=MOST)
-        return self._run(step, ids, position, pad, cache.keys, cache.values)
+        return self._step(step, ids, position, pad, cache)
+
+    def _step(self, step: Callable[..., Any], ids: Tensor, position: Tensor, pad: Tensor, cache: KVCache) -> Any:
+        shortcut = self._shortcuts.setdefault(step, Shortcut(self.model))
+        return shortcut(functools.partial(self._run, step), (ids, position, pad), cache)
 
     def _run(self, step: Callable[..., Any], *args: Any) -> Any:
         before, started = counters["stats"]["unique_graphs"], time.perf_counter()

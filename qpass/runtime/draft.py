@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from qpass.errors import OptionError
 from qpass.runtime.decoder import Decoder
 from qpass.runtime.kv import KVCache
 from qpass.runtime.sampling import Sampling, block_probabilities
+from qpass.runtime.shorten import ShortHead
 from qpass.runtime.verify import MOST, likeliest
 
 Rows = Sequence[Sequence[int]]
@@ -190,6 +191,8 @@ class ModelDraft:
         self._cache: KVCache | None = None
         self._held: list[list[int]] = []  # the tokens whose keys and values the cache holds
         self._room = 0
+        head = decoder.model.get_output_embeddings()
+        self._see: Callable[[Iterable[int]], None] = head.see if isinstance(head, ShortHead) else lambda tokens: None
 
     def begin(self, cache: KVCache) -> None:
         self._room = cache.length
@@ -222,6 +225,7 @@ class ModelDraft:
             q = min(2, *map(len, rows))
         self._held = []  # whatever ends this early leaves a cache that claims nothing
         assert self._cache is not None
+        self._see(token for row in rows for token in row[-q:])
         chain = Chain(self.decoder, self._cache, request)
         chain.read(torch.tensor([list(row[-q:]) for row in rows]), torch.tensor([len(row) - q for row in rows]))
         chain.run(k)
@@ -246,6 +250,7 @@ class ModelDraft:
         longest = max(map(len, rows))
         if self._cache is None or self._cache.batch != len(rows) or self._cache.length < longest + MOST:
             self._cache = self.decoder.allocate(len(rows), max(longest + MOST, self._room))
+        self._see(token for row in rows for token in row)
         self.decoder.prefill(*prompt(rows), self._cache)
         self._held = [list(row) for row in rows]
 

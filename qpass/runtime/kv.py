@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,9 @@ class LayerShape:
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+
+
+_signatures: dict[tuple[Any, ...], int] = {}
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,12 @@ class KVCache:
     @property
     def batch(self) -> int:
         return self.keys[0].shape[1]
+
+    @cached_property
+    def signature(self) -> int:
+        """A number for what a compiled graph may depend on, the shape, strides and type of each tensor: equal where they are."""
+        said = tuple((t.shape, t.stride(), t.dtype) for t in (*self.keys, *self.values))
+        return _signatures.setdefault(said, len(_signatures))
 
     @property
     def bytes(self) -> int:

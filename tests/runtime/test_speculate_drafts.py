@@ -11,7 +11,7 @@ from qpass.errors import OptionError
 from qpass.runtime.decoder import Decoder
 from qpass.runtime.draft import FirstOf, ModelDraft, Proposal
 from qpass.runtime.sampling import Sampling
-from qpass.runtime.shorten import first_layers, smaller_vocabulary
+from qpass.runtime.shorten import SEEN, ShortHead, first_layers, smaller_vocabulary
 from qpass.runtime.speculate import Speculator
 
 
@@ -62,16 +62,49 @@ def test_a_draft_reads_what_others_proposed_in_pieces(decoder):
     assert speculator.stats.acceptance == 1.0
 
 
-def test_a_smaller_head_proposes_its_own_tokens_only(decoder):
-    small = smaller_vocabulary(tiny_decoders.build("qwen2"), 50)
-    assert small.get_output_embeddings().weight.data_ptr() == decoder.model.get_output_embeddings().weight.data_ptr()
-    speculator = Speculator(decoder, ModelDraft(Decoder(small)), k=4)
+def test_a_smaller_head_proposes_its_own_tokens_and_those_of_the_text(decoder):
     ids = tiny_decoders.prompt(9)
-    assert speculator.generate(ids, max_new_tokens=NEW).new_tokens[0] == plain(decoder, ids)
-    proposed = [p for piece in speculator.stats.pieces[0] for p in piece.rejected]
-    assert proposed
-    assert max(proposed) < 50 <= max(plain(decoder, ids))
+    wanted = plain(decoder, ids)
+    for how in (Sampling(), Sampling(temperature=1.0)):
+        small = smaller_vocabulary(decoder.model, 50)
+        assert small.lm_head.weight.data_ptr() == decoder.model.lm_head.weight.data_ptr()
+        speculator = Speculator(decoder, ModelDraft(Decoder(small)), k=4)
+        out = speculator.generate(ids, max_new_tokens=NEW, sampling=how, generator=torch.Generator().manual_seed(0))
+        text = out.new_tokens[0]
+        proposed = [p for piece in speculator.stats.pieces[0] for p in piece.rejected]
+        assert proposed
+        assert {p for p in proposed if p >= 50} <= {*ids[0].tolist(), *text}
+        assert how.temperature or text == wanted
+    assert max(wanted) >= 50
     assert decoder.model.lm_head.out_features == tiny_decoders.VOCAB
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_short_head_gives_the_logits_of_what_it_knows(bias):
+    torch.manual_seed(0)
+    head, x = torch.nn.Linear(8, 1000, bias=bias).requires_grad_(False), torch.randn(2, 3, 8)
+    short, wanted = ShortHead(head, 100), head(x)
+    assert torch.allclose(short(x)[..., :100], wanted[..., :100], atol=1e-6)
+    assert bool((short(x)[..., 100:] == -torch.inf).all())
+    short.see([3, 700, 99, 999, 700])
+    known = torch.zeros(1000, dtype=torch.bool)
+    known[[*range(100), 700, 999]] = True
+    assert torch.allclose(short(x)[..., known], wanted[..., known], atol=1e-6)
+    assert bool((short(x)[..., ~known] == -torch.inf).all())
+
+
+def test_a_short_head_forgets_what_came_last_longest_ago():
+    head, x = torch.nn.Linear(8, 1000).requires_grad_(False), torch.randn(1, 8)
+    short = ShortHead(head, 100)
+    short.see(range(100, 100 + SEEN))
+    short.see([100])  # comes again, so 101 is the next to go
+    short.see([900, 901])
+    logits = short(x)[0]
+    gone = {token for token in range(100, 100 + SEEN) if logits[token] == -torch.inf}
+    assert gone == {101, 102}
+    assert torch.allclose(logits[[100, 900, 901]], head(x)[0, [100, 900, 901]], atol=1e-6)
+    short.see(range(300, 300 + 2 * SEEN))  # more than it has room for: the last ones
+    assert {t for t in range(100, 1000) if short(x)[0, t] > -torch.inf} == set(range(300 + SEEN, 300 + 2 * SEEN))
 
 
 def test_a_draft_with_more_tokens_than_the_target(decoder):
