@@ -36,15 +36,15 @@ def ensure(*formats: KernelFormat, cpu: Cpu | None = None, tier: Tier | None = N
     """
     cpu = cpu or detect()
     tier = tier or cpu.tier
-    target = (tier, emulate, extras(cpu, tier), a16_by_int8(cpu, tier))
+    targets = {f: (tier, emulate, extras(cpu, tier), a16_by_int8(f, cpu, tier)) for f in formats}
     with _lock:
         known = {number: kernel.target for number, kernel in _registered.items()}
-        missing = [f for f in dict.fromkeys(formats) if known.get(f.number) != target]
+        missing = [f for f, target in targets.items() if known.get(f.number) != target]
         if not missing and _binding is not None:
             return
         load_binding()
         for format, path in zip(missing, _obtain(missing, cpu, tier, emulate), strict=True):
-            _register(format, _Registered(target, path, tuned(format, cpu, tier)))
+            _register(format, _Registered(targets[format], path, tuned(format, cpu, tier)))
 
 
 def tuning_of(format: KernelFormat) -> Tuning:

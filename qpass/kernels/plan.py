@@ -48,13 +48,16 @@ EPILOGUE_OPS = 6.0  # 16 outputs: load, bias, round, store
 DOT_LATENCY = {"a16": 6.0, "a8": 4.0}  # cycles, Zen 4 and Sapphire Rapids (uops.info: vdpbf16ps, vpdpbusd)
 
 
-def a16_by_int8(cpu: Cpu, tier: Tier) -> bool:
+def a16_by_int8(format: KernelFormat, cpu: Cpu, tier: Tier) -> bool:
     """Whether 16-bit activations are multiplied as int8 terms (``cpp/prologue.h``): where int8 dot products are far faster.
 
     With VNNI alone bf16 is fp32 arithmetic, half as many products an instruction and conversions beside it; and Intel's
     vdpbf16ps runs every other cycle (Sapphire and Emerald Rapids, 2026-11: 80e9 products a second where vpdpbusd makes 700e9).
-    AMD's runs twice a cycle (Zen 4), and AMX has tiles for both.
+    AMD's runs twice a cycle (Zen 4). AMX has tiles for both, and two terms are as many products as bf16; codes become
+    int8 in half of the time or none, but sums are scaled twice as often, which groups of less than 128 don't bear.
     """
+    if format.rule != "a16" or tier == "amx":
+        return format.rule == "a16" and not _tiles_only(format)
     slow = "avx512_bf16" not in cpu.isa or cpu.vendor == "GenuineIntel"
     return tier == "avx_vnni" or (tier == "avx512_vnni" and slow)
 
@@ -138,11 +141,16 @@ class Tuning:
         return iter((self.linear_rows, self.panel_rows, self.tile_rows))
 
     def path(self, format: KernelFormat, tier: Tier, m: int) -> Path:
-        if tier == "amx" and (format.rule == "a16" or m >= self.tile_rows):
+        if tier == "amx" and (_tiles_only(format) or m >= self.tile_rows):
             return "tiles"
         if m <= min(self.linear_rows, linear_limit(format, tier)):
             return "linear"
         return "panel" if format.unpacks and m >= self.panel_rows else "stream"
+
+
+def _tiles_only(format: KernelFormat) -> bool:
+    """Whether all calls take AMX's tiles, where there are some: those whose products are bf16."""
+    return format.rule == "a16" and format.group is not None and format.group < 128
 
 
 NEVER = 1 << 30
@@ -190,7 +198,7 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
     rates = cpu.rates or typical_rates(tier)
     if tier not in SERVED:
         raise ValueError(f"{cpu.name} has tier {tier}; the kernels need one of {', '.join(SERVED)}")
-    wide = format.rule == "a16" and a16_by_int8(cpu, tier)
+    wide = a16_by_int8(format, cpu, tier)
     core, kind = core_of(tier), "a16" if format.rule == "a16" and not wide else "a8"
     tokens, terms = shape.m, 2 if wide else 1  # of bf16 activations
     macs_of_dot = 32 if kind == "a16" else 64
@@ -208,7 +216,9 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
     unpacking = operands * unpack_ops
     if path == "tiles":
         rate = (rates.int8_tile_macs if kind == "a8" else rates.bf16_tile_macs) * core.tile_efficiency
-        padded = passes * rows / shape.m if shape.m >= rows else 1.0  # the last tile's empty rows are multiplied too
+        padded = (
+            passes * rows / (shape.m * terms) if shape.m * terms >= rows else 1.0
+        )  # the last tile's empty rows are multiplied too
         turns = -(-shape.m // TOGETHER) if format.unpacks else 0
         unpacked = (unpacking + operands * STORE_OPS) * core.tile_unpack * turns / rates.vector_ops
         compute = dots * macs_of_dot * padded / max(rate, 1.0) + unpacked + folds * core.tile_fold_ops
@@ -254,8 +264,8 @@ def predict(shape: Shape, format: KernelFormat, cpu: Cpu, path: Path, tier: Tier
 
 def paths(format: KernelFormat, tier: Tier, m: int) -> tuple[Path, ...]:
     """The ways in which a tier's unit can walk M rows. Tiles round bf16 products in their own way, so with AMX all calls of
-    a16 take them, and a row has the same bits whatever is computed with it."""
-    if tier == "amx" and format.rule == "a16":
+    bf16 take them, and a row has the same bits whatever is computed with it."""
+    if tier == "amx" and _tiles_only(format):
         return ("tiles",)
     found: list[Path] = ["stream"]
     if m <= linear_limit(format, tier):

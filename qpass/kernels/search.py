@@ -15,7 +15,7 @@ from qpass.cpu import Cpu
 from qpass.errors import KernelError
 from qpass.kernels import load, tuning
 from qpass.kernels.format import KernelFormat
-from qpass.kernels.plan import NEVER, Path, Tuning, linear_limit
+from qpass.kernels.plan import NEVER, Path, Tuning, linear_limit, paths
 
 BUDGET_S = 1.0
 MOST_COPIES_BYTES = 256 << 20
@@ -80,8 +80,8 @@ def _thresholds(
         return not wins(other, path, m) if modelled else wins(path, other, m)
 
     linear, panel, tiles = model
-    if cpu.tier == "amx" and format.rule == "a16":
-        return model  # one path
+    if paths(format, cpu.tier, 1) == ("tiles",):
+        return model
     rows = range(1, linear_limit(format, cpu.tier) + 1)
     ends = (m for m in rows if not chosen("linear", "stream", m, modelled=m <= linear))
     linear = next(ends, len(rows) + 1) - 1

@@ -64,7 +64,7 @@ def kernel_unit(format: KernelFormat, cpu: Cpu, tier: Tier | None = None, *, emu
         flags.append(f"-DQPASS_{tier.upper()}_EMULATED")
         if "avx512_bf16" not in cpu.isa and "-mavx512bf16" in flags:
             flags.remove("-mavx512bf16")
-    text = _text(format, blocking(cpu), format.rule == "a16" and a16_by_int8(cpu, tier))
+    text = _text(format, blocking(cpu), a16_by_int8(format, cpu, tier))
     return Unit(f"{format.name}-{tier}", text, (*COMMON_FLAGS, *flags), included("kernel.h"))
 
 

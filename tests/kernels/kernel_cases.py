@@ -136,9 +136,9 @@ def use(*formats: KernelFormat, tier: str = CPU.tier) -> None:
     load.ensure(*formats, cpu=_VARIANTS.get(tier, CPU), tier=real, emulate=not CPU.runs(real))
 
 
-def by_int8(tier: str) -> bool:
+def by_int8(format: KernelFormat, tier: str) -> bool:
     """Whether 16-bit activations become int8 terms there."""
-    return a16_by_int8(_VARIANTS.get(tier, CPU), _real(tier))
+    return a16_by_int8(format, _VARIANTS.get(tier, CPU), _real(tier))
 
 
 @dataclass

@@ -89,7 +89,7 @@ def error_bound(x: Tensor, weight: Weight, tier: str) -> Tensor:
     middle = (1 << (format.bits - 1)) - 0.5  # centers are this or half a code above
     zeros, scales = (t.double().repeat_interleave(length, 1)[:, :k] for t in (weight.zeros, weight.scales))
     codes = weight.codes.double()
-    if format.rule == "a16" and by_int8(tier):
+    if by_int8(format, tier):
         magnitudes, step = (codes - zeros).abs() * scales, x.double().abs().amax(1, keepdim=True) / DIGITS
         digits = x.double().abs() + 128 * 254 * step  # of the second and third, which may be larger than the input
         rounding = (groups + 12) * UNIT * (digits @ magnitudes.t())

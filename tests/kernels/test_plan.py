@@ -32,10 +32,10 @@ def test_plan_names_a_path_that_the_unit_has() -> None:
                 path = plan.plan(Shape(m, 64, 128), format, cpu).path
                 assert path in plan.paths(format, cpu.tier, m)
                 assert plan.tuning(format, cpu).path(format, cpu.tier, m) in plan.paths(format, cpu.tier, m)
-    a8, a16 = KernelFormat(4, 128, "a8-token-group", 2), KernelFormat(4, 128, "a16", 2)
+    a8, a16 = KernelFormat(4, 128, "a8-token-group", 2), KernelFormat(4, 64, "a16", 2)
     assert plan.plan(Shape(512, 8960, 1536), a8, amx).path == "tiles"
     assert plan.paths(a16, "amx", 1) == ("tiles",)  # the vector paths would round otherwise than a prompt
-    assert plan.plan(Shape(1, 64, 128), a16, vnni).weight_bytes == 64 * 64 + 128 + 64
+    assert plan.plan(Shape(1, 64, 128), a16, vnni).weight_bytes == 64 * 64 + 2 * (128 + 64)
     with pytest.raises(ValueError, match="tier none"):
         plan.plan(Shape(1, 64, 128), a16, Cpu("x", "y", frozenset(), 2))
 
@@ -47,7 +47,7 @@ def test_plan_names_a_path_that_the_unit_has() -> None:
         ("GenuineIntel", "avx512_vnni", True, True),  # Sapphire Rapids under a hypervisor that hides its tiles
         ("GenuineIntel", "avx_vnni", False, True),  # Alder Lake
         ("AuthenticAMD", "avx512_vnni", True, False),  # Zen 4
-        ("GenuineIntel", "amx", True, False),
+        ("GenuineIntel", "amx", True, True),
         ("GenuineIntel", "avx512", False, False),  # no dot products of int8 to take
         ("AuthenticAMD", "avx2", False, False),
     ],
@@ -55,7 +55,10 @@ def test_plan_names_a_path_that_the_unit_has() -> None:
 def test_where_16_bits_are_int8_terms(vendor: str, tier: Tier, bf16: bool, expected: bool) -> None:
     isa = plan_isa(tier) | ({"avx512_bf16"} if bf16 else set())
     cpu = Cpu("x", vendor, frozenset(isa), 2, amx_permitted=True, rates=Rates(30e9, 700e9, 80e9, 12e9, 6e12, 3e12))
-    assert plan.a16_by_int8(cpu, tier) == expected
+    assert plan.a16_by_int8(KernelFormat(4, 128, "a16", 2), cpu, tier) == expected
+    assert plan.a16_by_int8(KernelFormat(8, None, "a16", 4), cpu, tier) == expected
+    assert plan.a16_by_int8(KernelFormat(4, 64, "a16", 2), cpu, tier) == (expected and tier != "amx")
+    assert not plan.a16_by_int8(KernelFormat(8, None, "a8-token", 4), cpu, tier)
     assert f"QPASS_A16_BY_INT8 {int(expected)}" in kernel_unit(KernelFormat(4, 128, "a16", 2), cpu, tier).text
     assert "QPASS_A16_BY_INT8 0" in kernel_unit(KernelFormat(4, 128, "a8-token", 2), cpu, tier).text
     a8, a16 = (plan.plan(Shape(512, 8960, 1536), KernelFormat(4, 128, r, 2), cpu) for r in ("a8-token", "a16"))

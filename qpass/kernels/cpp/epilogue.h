@@ -39,14 +39,16 @@ QPASS_INLINE F32 activate(F32 x, int activation) {
   }
 }
 
+template <class F>
+QPASS_INLINE F32 next_term(F32 v, F32 next) {
+  return F::wide ? fma(v, set(float(kBase)), next) : add(v, next);
+}
+
 // A token's terms added up, or read as digits.
 template <class F>
 QPASS_INLINE F32 joined(const float* total, int terms) {
   F32 v = load_f32(total);
-  for (int t = 1; t < terms; t++) {
-    const F32 next = load_f32(total + t * kBlock);
-    v = F::wide ? fma(v, set(float(kBase)), next) : add(v, next);
-  }
+  for (int t = 1; t < terms; t++) v = next_term<F>(v, load_f32(total + t * kBlock));
   return v;
 }
 
@@ -182,7 +184,10 @@ void store_block(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_
         if (weights) {
           const Sums<F> sums[] = {{weights, c.k, p}, {weights + c.glu * F::block_bytes(c.k), c.k, p}};
           return store([&](const float* at, int half, int i, int64_t m) __attribute__((always_inline)) {
-            return sums[half](at, i, m);
+            constexpr int terms = terms_of<F>(Dtype);
+            F32 v = sums[half](at, i, m * terms);
+            for (int t = 1; t < terms; t++) v = next_term<F>(v, sums[half](at + t * kBlock, i, m * terms + t));
+            return v;
           });
         }
       return store([&](const float* at, int, int, int64_t) __attribute__((always_inline)) { return joined<F>(at, terms_of<F>(Dtype)); });
@@ -190,8 +195,8 @@ void store_block(const QpassCall& c, const Prepared<F>& p, int64_t block, int64_
   }
   if constexpr (kAccumulates<F>)
     if (weights) {
-      Sums<F>(weights, c.k, p).finish(total, row, rows);
-      if (c.glu) Sums<F>(weights + F::block_bytes(c.k), c.k, p).finish(total_up, row, rows);
+      Sums<F>(weights, c.k, p).finish(total, row * terms, rows * terms);
+      if (c.glu) Sums<F>(weights + F::block_bytes(c.k), c.k, p).finish(total_up, row * terms, rows * terms);
     }
   const Block b(c, block);
   const F32 inverse = set(c.y_scale != 0 ? 1.0f / c.y_scale : 0.0f), shift = set(c.y_shift);

@@ -311,7 +311,6 @@ void prepare_wide(const QpassCall& c, const Prepared<F>& p, int64_t row, const X
   I32 sums[terms];
   for (auto& s : sums) s = set(0);
   for (int64_t k = 0; k < padded; k += F::chunk) {
-    const int64_t segment = k / F::segment;
     for (int i = 0; i < F::chunk; i += kLanes) {
       I32 rest = to_int(max(min(mul(x(k + i), inverse), set(most)), set(-most)));
       int place = terms == 3 ? kBase * kBase : kBase;
@@ -319,12 +318,12 @@ void prepare_wide(const QpassCall& c, const Prepared<F>& p, int64_t row, const X
         const I32 digit = t + 1 < terms ? to_int(mul(to_float(rest), set(1.0f / float(place)))) : rest;
         rest = sub(rest, mul(digit, set(place)));
         sums[t] = add(sums[t], digit);
-        store_i8((int8_t*)p.element(segment, row * terms + t) + k % F::segment + i, digit);
+        store_i8(p.place(k, row * terms + t) + i, digit);
       }
     }
     const bool ends = F::grouped ? (k + F::chunk) % F::segment == 0 : k + F::chunk == padded;
     for (int t = 0; ends && t < terms; t++) {
-      p.sum_i32(F::grouped ? segment : 0)[row * terms + t] = -sum(sums[t]);
+      p.sum_i32(F::grouped ? k / F::segment : 0)[row * terms + t] = -sum(sums[t]);
       sums[t] = set(0);
     }
   }
