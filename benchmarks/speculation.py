@@ -6,7 +6,8 @@
 The first form takes every variant in turns, prompt after prompt (A B A B), and prints for each: time a token, tokens a
 step, the bound that its own acceptance and costs allow and the share of it that was reached. "inductor" is stock
 torch.compile on the unquantized target, in the same loop. Behind that: what verifying K tokens costs against one plain
-step, in turns, at 512 tokens of context. The second form only compares: speculative text with plain text, token by token.
+step, in turns, at 512 tokens of context. It also says how many texts are plain decoding's. The second form only
+compares, token by token.
 """
 
 from __future__ import annotations
@@ -77,11 +78,13 @@ def speed(args: argparse.Namespace) -> list[record.Record]:
     runs = speculators(args, loaded)
     times: dict[str, list[float]] = {name: [] for name in runs}
     stats: dict[str, list[Stats]] = {name: [] for name in runs}
+    texts: dict[str, list[list[int]]] = {name: [] for name in runs}
     for number, ids in enumerate(prompts(loaded, args.prompts)):
         for name, run in runs.items():
             if name == STOCK and number >= args.stock:
                 continue
-            run.generate(ids, max_new_tokens=8 if name == STOCK else args.new, eos_token_id=())
+            out = run.generate(ids, max_new_tokens=8 if name == STOCK else args.new, eos_token_id=())
+            texts[name] += out.new_tokens
             times[name].append(run.stats.tpot_ms)
             stats[name].append(run.stats)
     records = []
@@ -109,12 +112,15 @@ def speed(args: argparse.Namespace) -> list[record.Record]:
             "draft_share": sum(each.draft_ms for each in rounds) / steps,
             "loop_share": 1 - spent / steps,
         }
+        plain = texts.get(f"{name.split(' ')[0]} plain", [])
+        same = sum(a == b for a, b in zip(texts[name], plain, strict=False))
         records.append(record.Record.of("speculation_tpot", times[name], "ms", settings | about, limit=bound))
         print(
             f"{name:28} {steps / tokens:7.2f} ms a token ({statistics.median(times[name]):.2f} with the draft's prompt, median), "
             f"{tokens / len(rounds):.2f} a step, bound {bound:.2f} reached {bound / (steps / tokens):.0%}, "
             f"draft {about['draft_share']:.0%}, loop {about['loop_share']:.1%}, "
             f"the draft reads the prompt in {about['read_ms']:.0f} ms"
+            + (f"; {same} of {len(plain)} texts are plain decoding's" if plain and not name.endswith(" plain") else "")
         )
     for name, run in runs.items():
         if name.endswith(" plain"):

@@ -49,7 +49,7 @@ DOT_LATENCY = {"a16": 6.0, "a8": 4.0}  # cycles, Zen 4 and Sapphire Rapids (uops
 
 
 def a16_by_int8(format: KernelFormat, cpu: Cpu, tier: Tier) -> bool:
-    """Whether 16-bit activations are multiplied as int8 terms (``cpp/prologue.h``): where int8 dot products are far faster.
+    """Whether 16-bit activations are multiplied as int8 terms (``cpp/prologue.h``): where int8 products cost less than bf16's.
 
     With VNNI alone bf16 is fp32 arithmetic, half as many products an instruction and conversions beside it; and Intel's
     vdpbf16ps runs every other cycle (Sapphire and Emerald Rapids, 2026-11: 80e9 products a second where vpdpbusd makes 700e9).

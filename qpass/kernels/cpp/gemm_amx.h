@@ -1,7 +1,7 @@
 // Blocks of 64 outputs times some rows with AMX: 16 rows x 4 vectors a step, the panel's rows being the B tiles.
 // Integer products are exact, so with int8 activations the result is the AVX-512 one to the bit. A bf16 tile product
-// rounds in its own way: with 16-bit activations all calls take tiles, so that decoding, verification and prompts share
-// one rounding.
+// rounds in its own way: all calls with bf16 products take tiles, so that decoding, verification and prompts share one
+// rounding.
 //
 // Tile products run beside the vector unit, but only as far as a core looks ahead in its instructions, and stores of
 // tiles keep later loads of the same lines waiting. So whatever the vector unit has to do (fold the last segment's sums

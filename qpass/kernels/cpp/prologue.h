@@ -6,7 +6,7 @@
 //   values, fp32 scales   [group][row] or [row]            a8 only, fp32
 //   apart, fp32   [row][outliers]   a8 only: the inputs that int8 doesn't get
 // a16 splits fp16 into two bf16 terms and fp32 into three, exactly: each term is a row of its own, and the epilogue
-// adds them. Or, where int8 dot products are far faster than bf16's (QPASS_A16_BY_INT8), it holds a token's inputs as whole
+// adds them. Or, where int8 products cost less than bf16's (QPASS_A16_BY_INT8), it holds a token's inputs as whole
 // multiples of a scale, bf16 and fp16 of 1/32384 and fp32 of 1/8225000 of the largest, and these as two and three digits of
 // base 254: int8 terms, a row each.
 #pragma once
