@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 from qpass.errors import OptionError
@@ -87,7 +86,7 @@ class Controller:
         self._wait, self._since_probe = WAIT, 0.0
         self._overheard = False  # guesses were judged since the last round
         self._rate = 0.0  # tokens a ms at the best K
-        self._steps = [0.0]  # the cost of draft number i together with its verification
+        self._costs = [0.0] * (self.most + 1)  # of drafting i tokens, and their verification
         self._next = self.fixed or 0  # plain steps first: nothing can be judged without their time
 
     def renew(self) -> None:
@@ -111,17 +110,23 @@ class Controller:
     def go_on(self, confidences: Sequence[float]) -> bool:
         """Whether to draft one more token, given the draft's probability of each that it has drafted in this round.
 
-        Optimal stopping: while the token's expected gain over its own cost exceeds the rate reached on the whole.
+        While some number of further tokens is expected to gain more than their time would at the rate reached on the whole.
+        Not the next one alone: costs of single tokens are differences of times, and as noisy.
         """
         count = len(confidences)
         if self.fixed is not None or count == 0:
             return count < self.choose()
         if count >= self.choose():
             return False
-        kept = 1.0
+        kept, gain, mean = 1.0, 0.0, self._calibration.mean()
         for confidence in confidences:
             kept *= self._calibration.chance(confidence)
-        return kept * self._calibration.mean() > self._rate * self._steps[count + 1]
+        for more in range(count + 1, self.choose() + 1):
+            kept *= mean
+            gain += kept
+            if gain > self._rate * (self._costs[more] - self._costs[count]):
+                return True
+        return False
 
     def observe(
         self,
@@ -189,7 +194,6 @@ class Controller:
         draft = self._draft.table(self.most, 0.0)
         verify = self._verify.table(self.most, plain)
         costs = [d + v for d, v in zip(draft, verify, strict=True)]
-        self._steps = [0.0] + [max(b - a, 0.0) for a, b in pairwise(costs)] + [float("inf")]
         tokens, kept, reached, cost = 1.0, 1.0, 1.0, costs[0]
         rates = [1.0 / max(plain, 1e-9)]
         drafts, accepts, widths = (c.table(self.most) for c in (self._drafts, self._accepts, self._widths))
