@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -111,7 +111,9 @@ def _compile(
     packed_at = time.perf_counter()
     try:
         with torch.no_grad(), progress.waiting("compiling the graph"):
-            compiled = compile_fx(lowered, [example_inputs[i] for i in used], config_patches=INDUCTOR)
+            inputs = [example_inputs[i] for i in used]
+            # declared to give what export's callers want, too
+            compiled = cast("Callable[..., Any]", compile_fx(lowered, inputs, config_patches=INDUCTOR))
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         # Dynamo would answer these with a graph break and an eager run, without a word.
         raise QpassError(f"Inductor could not compile the rewritten graph: {error}") from error
@@ -131,8 +133,8 @@ def _compile(
     def run(*args: Any) -> Any:
         given = [args[i] for i in used]
         with torch.no_grad():
-            out = compiled(*given)  # type: ignore[operator]
-        shortcut.note(compiled, given, out)  # type: ignore[arg-type]
+            out = compiled(*given)
+        shortcut.note(compiled, given, out)
         return out
 
     return run

@@ -58,7 +58,11 @@ K = Annotated[str, typer.Option("--k", help="Tokens that the draft guesses a ste
 DraftScheme = Annotated[str, typer.Option(help="The scheme of a draft model.")]
 DraftVocabulary = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(min=1, help="Let a draft model guess only its first, most frequent tokens.", show_default=False),
+    typer.Option(
+        min=1,
+        help="Let a draft guess only its first, most frequent tokens and the text's rare ones.",
+        show_default=False,
+    ),
 ]
 Text = Annotated[
     Optional[Path],  # noqa: UP045

@@ -133,8 +133,9 @@ class Decoder:
         return self._step(step, ids, position, pad, cache)
 
     def _step(self, step: Callable[..., Any], ids: Tensor, position: Tensor, pad: Tensor, cache: KVCache) -> Any:
-        shortcut = self._shortcuts.setdefault(step, Shortcut(self.model))
-        return shortcut(functools.partial(self._run, step), (ids, position, pad), cache)
+        if step not in self._shortcuts:
+            self._shortcuts[step] = Shortcut(self.model)
+        return self._shortcuts[step](functools.partial(self._run, step), (ids, position, pad), cache)
 
     def _run(self, step: Callable[..., Any], *args: Any) -> Any:
         before, started = counters["stats"]["unique_graphs"], time.perf_counter()

@@ -53,9 +53,9 @@ class Shortcut:
         """``step(*inputs, cache.keys, cache.values)``. Where it didn't come from one graph of ours, as it always was."""
         key = (cache.signature, *((t.shape, t.stride(), t.dtype) for t in inputs), len(set(map(id, inputs))))
         with torch.no_grad():
-            state, direct = self._known.get(key, (None, None))
-            if state is not None and direct is not None and state.check():
-                return direct(inputs, cache)
+            known = self._known.get(key)
+            if known is not None and known[0].check():
+                return known[1](inputs, cache)
             with _learning() as calls:
                 out = step(*inputs, cache.keys, cache.values)
             if len(calls) == 1:
