@@ -12,7 +12,7 @@ from qpass.kernels.format import KernelFormat
 from qpass.kernels.plan import Tuning
 from qpass.kernels.store import cache_folder
 
-VERSION = 8
+VERSION = 9
 """Of the kernels that were timed, and of the file's meaning; another one is ignored."""
 
 

@@ -33,7 +33,9 @@ struct Accumulator {
   static constexpr int kInputs = 64, kTileBytes = kTileRows * kRow;  // of a product
   static constexpr int kInputsBytes = kInputs / F::chunk * F::chunk_bytes, kInputsTiles = kVectors * kTileBytes;
   static constexpr int64_t kOfSegment = F::segment / kInputs;  // products
-  static constexpr int kAsked = 16;  // products of a vector whose codes are asked for together: some 32 KB
+  static constexpr int kAsked = 36;  // products of a vector whose codes are asked for together: 74 KB of 4-bit ones
+  // They lie in strips, of each of which a product asks for one line.
+  static constexpr int kInputsLines = kInputsBytes / kRow, kStrips = kInputsLines / kVectors;
   static constexpr int kTurn = F::unpacks ? 1 : 2;  // segments whose codes (32 KB) stay in L1 for all rows
 
   // Four tiles of sums side by side; zeros for the first segments.
@@ -59,7 +61,7 @@ struct Accumulator {
         const int at = v * F::code_rows + r, half = F::bits == 3 ? at % 2 : 0;
 #pragma GCC unroll 4
         for (int p = 0; p < F::planes; p++)
-          store_operand(to + (c / 4 + Codes<F>::step(r, p)) * kRow, steps(codes.plane(row_of<F>(w, at, half), half, p)));
+          store_operand(to + (c / 4 + Codes<F>::step(r, p)) * kRow, steps.operand(codes, row_of<F>(w, at, half), half, p));
       }
     }
   }
@@ -72,31 +74,41 @@ struct Accumulator {
   }
 
   // Up to 16 rows: operands are made between the products of those before them, and the sums stay in their tiles.
+  // `between` runs once for each 64 inputs.
+  template <class Between>
   static void few(const uint8_t* weights, int64_t k, const Prepared<F>& p, int64_t row, int64_t begin, int64_t end,
-                  float* sums, uint8_t* panel) {
+                  float* sums, uint8_t* panel, Between&& between) {
     const int64_t first = begin * kOfSegment, last = min_of(end * kOfSegment, F::padded_k(k) / kInputs);
+    const int64_t length = ceil_div(last - first, ceil_div(last - first, kAsked));
+    auto codes = [&](int64_t i) { return weights + i * kInputsBytes; };
+    auto place = [&](int64_t i) { return panel + i % 2 * kInputsTiles; };
     fetch(sums, begin == 0);
-    for (int v = 0; v < kVectors; v++) fill(weights + first * kInputsBytes, v, panel + first % 2 * kInputsTiles + v * kTileBytes);
+    if constexpr (F::unpacks)
+      for (int v = 0; v < kVectors; v++) fill(codes(first), v, place(first) + v * kTileBytes);
     for (int64_t i = first; i < last;) {
-      const int64_t stop = min_of(i + kAsked, last);
-      Asking asking(weights + (i + kAsked) * kInputsBytes, (stop - i) * kInputsBytes, (stop - i) * kVectors);
+      const int64_t stop = min_of(i + length, last), strip = (stop - i) * kVectors * kRow;
+      const uint8_t *ask = codes(stop), *rest = ask + kStrips * strip;
       for (; i < stop; i++) {
-        const uint8_t* next = weights + min_of(i + 1, last - 1) * kInputsBytes;
-        const uint8_t* operands = panel + i % 2 * kInputsTiles;
-        uint8_t* to = panel + (i + 1) % 2 * kInputsTiles;
+        const uint8_t* operands = F::unpacks ? place(i) : codes(i);
         load<4>(p.tile(i, row), kRow);
         auto one = [&]<int V, int B>() __attribute__((always_inline)) {
           load<B>(operands + V * kTileBytes, kRow);
           product<F, V, 4, B>(), done<B>();
-          fill(next, V, to + V * kTileBytes);
-          asking.some();
+          if constexpr (F::unpacks) fill(codes(min_of(i + 1, last - 1)), V, place(i + 1) + V * kTileBytes);
+#pragma GCC unroll 16
+          for (int s = 0; s < kStrips; s++) prefetch(ask + s * strip);
+          ask += kRow;
         };
         one.template operator()<0, 5>();
         one.template operator()<1, 6>();
         one.template operator()<2, 7>();
         one.template operator()<3, 5>();
         done<4>();
+        for (int l = kStrips * kVectors; l < kInputsLines; l++, rest += kRow) prefetch(rest);
+        between();
       }
+      if (stop == last)  // as far in the next block, behind this one's scales
+        for (int64_t at = 0; at < F::group_bytes(k) - F::group_codes(k); at += kRow) prefetch(rest + at);
     }
     leave(sums, kBeside);
   }
@@ -113,7 +125,7 @@ struct Accumulator {
     enter.template operator()<3>();
     product<F, 3, 5, 7>(), done<5, 7>(), asking.some();
   }
-  // 16 rows x 64 outputs: the last rows, or all.
+  // 16 rows x 64 outputs: the last rows of many.
   static QPASS_INLINE void wide(const uint8_t* w, const uint8_t* x, int products, Asking& asking) {
     for (int c = 0; c < products; c++, w += kInputsTiles, x += kTileBytes) {
       stream<4>(x, kRow), load<5>(w, kRow);
@@ -128,11 +140,11 @@ struct Accumulator {
   }
 
   // sums[rows][64] (+)= block `weights` times rows [row, row + rows), over segments [begin, end). `next`: the codes that
-  // are read after the span's.
+  // are read after the span's. `between` runs among the products of up to 16 rows.
+  template <class Between>
   static void span(const uint8_t* weights, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows, int64_t begin,
-                   int64_t end, float* sums, const uint8_t* next, uint8_t* panel) {
-    if constexpr (F::unpacks)
-      if (rows <= kTileRows) return few(weights, k, p, row, begin, end, sums, panel);
+                   int64_t end, float* sums, const uint8_t* next, uint8_t* panel, Between&& between) {
+    if (rows <= kTileRows) return few(weights, k, p, row, begin, end, sums, panel, between);
     constexpr int64_t kSegmentBytes = F::segment_chunks * F::chunk_bytes;
     const int64_t below = p.tile(0, kTileRows) - p.tile(0, 0);  // bytes from 16 rows of activations to the next
     auto segment = [&](int64_t i) { return segment_of<F>(weights, k, p.segments, i); };

@@ -27,17 +27,27 @@ QPASS_INLINE I32 nibbles(const uint8_t* row, int half, int odd) {
   return select_bits(low, pairs, half ? shl<2>(thirds) : thirds);
 }
 
+// Where in a byte k4-step `step` of a row lies, in bits from below.
+template <class F>
+constexpr int place_of(int step) {
+  return F::bits == 4 ? 4 * step : F::bits == 3 ? step / 2 * 4 : F::bits == 2 ? 2 * step : 0;
+}
+
+// K4-step `step` of the row where it lies in each byte, with other bits around it.
+template <class F>
+QPASS_INLINE I32 codes_of(const uint8_t* row, int half, int step) {
+  if constexpr (F::bits == 3) return nibbles<F>(row, half, step % 2);
+  else return load(row);
+}
+
+QPASS_INLINE I32 shifted(I32 v, int bits) { return bits == 2 ? shr<2>(v) : bits == 4 ? shr<4>(v) : bits == 6 ? shr<6>(v) : v; }
+
 // K4-step `step` of the row: a code in each byte.
 template <class F>
 QPASS_INLINE I32 bytes_of(const uint8_t* row, int half, int step) {
-  if constexpr (F::bits == 8) return load(row);
-  if constexpr (F::bits == 4) return and_(step ? shr<4>(load(row)) : load(row), set(0x0f0f0f0f));
-  if constexpr (F::bits == 3) {
-    const I32 n = nibbles<F>(row, half, step % 2);
-    return and_(step / 2 ? shr<4>(n) : n, set(0x07070707));
-  }
-  const I32 w = load(row);
-  return and_(step == 0 ? w : step == 1 ? shr<2>(w) : step == 2 ? shr<4>(w) : shr<6>(w), set(0x03030303));
+  const I32 codes = codes_of<F>(row, half, step);
+  if constexpr (F::bits == 8) return codes;
+  return and_(shifted(codes, place_of<F>(step)), set(int32_t(0x01010101u * ((1u << F::bits) - 1))));
 }
 
 // What makes operands of one vector's codes in a chunk: with integer scales (code - zero) * multiple + 128, else nothing.
@@ -47,6 +57,10 @@ struct Steps {
   template <class Operand>
   QPASS_INLINE Operand operator()(Operand codes) const {
     return codes;
+  }
+  template <class Codes>
+  QPASS_INLINE auto operand(const Codes& codes, const uint8_t* row, int half, int p) const {
+    return codes.plane(row, half, p);
   }
 };
 template <class F>
@@ -59,6 +73,14 @@ struct Steps<F, true> {
   }
   // Two bytes a 16-bit product: neither exceeds 15 * 15.
   QPASS_INLINE I32 operator()(I32 codes) const { return sub8(mul16(codes, times), less); }
+  // The same of plane p of a row. The upper half of a product with 16 times as much has codes of upper nibbles where they
+  // belong, without a shift.
+  template <class Codes>
+  QPASS_INLINE I32 operand(const Codes& codes, const uint8_t* row, int half, int p) const {
+    constexpr int32_t mask = int32_t(0x10101010u * ((1u << F::bits) - 1));
+    if (place_of<F>(p) != 4) return (*this)(codes.plane(row, half, p));
+    return sub8(mulhi16(and_(codes_of<F>(row, half, p), set(mask)), shl<12>(times)), less);
+  }
 };
 
 }  // namespace qpass

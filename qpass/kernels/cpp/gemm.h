@@ -19,7 +19,6 @@ QPASS_INLINE void multiply(Sum<F> (&sums)[Rows][Vectors], const Span& span, int6
   int64_t ahead = span.ahead;
   auto row = [&](int i, int r, int half) __attribute__((always_inline)) {
     const int at = (first + i) * F::code_rows + r;
-    if (From == kStream) prefetch_ahead_of_row<F, Rows>(w, at);
     if (From == kCached) prefetch_row<F>(w + ahead, at);
 #pragma GCC unroll 8
     for (int p = 0; p < F::planes; p++) {
@@ -32,6 +31,10 @@ QPASS_INLINE void multiply(Sum<F> (&sums)[Rows][Vectors], const Span& span, int6
   auto rows = [&](int i, int r) __attribute__((always_inline)) {
     if constexpr (together == 2) row(i, r, 0), row(i, r + 1, 1);
     else row(i, r, F::bits == 3 ? (first + i) % 2 : 0);
+  };
+  // These vectors' codes are asked for in equal shares.
+  auto share = [&](int r) __attribute__((always_inline)) {
+    return w + (first * F::code_rows + r * Vectors) * (F::steps_at / (kVectors * F::code_rows));
   };
   for (int c = 0; c < chunks; c++, x += x_chunk) {
     if (From == kCached || From == kPanel) {
@@ -67,9 +70,12 @@ QPASS_INLINE void multiply(Sum<F> (&sums)[Rows][Vectors], const Span& span, int6
     } else {
 #pragma GCC unroll 4
       for (int i = 0; i < Vectors; i++) steps[i].read(w, first + i);
-      for (int r = 0; r < F::code_rows; r += together)
+      if (From == kStream && first == 0) prefetch_ahead_of<F, Rows>(w + F::steps_at, w + F::chunk_bytes);
+      for (int r = 0; r < F::code_rows; r += together) {
+        if (From == kStream) prefetch_ahead_of<F, Rows>(share(r), share(r + together));
 #pragma GCC unroll 4
         for (int i = 0; i < Vectors; i++) rows(i, r);
+      }
       w += F::chunk_bytes;
     }
   }
@@ -189,7 +195,7 @@ void unpack(const Segment& s, uint8_t* panel) {
         prefetch_row<F>(w + QPASS_PREFETCH_BYTES, at);
 #pragma GCC unroll 8
         for (int p = 0; p < F::planes; p++)
-          store_operand(panel + Codes<F>::step(r, p) * kRow, steps(codes.plane(row_of<F>(w, at, half), half, p)));
+          store_operand(panel + Codes<F>::step(r, p) * kRow, steps.operand(codes, row_of<F>(w, at, half), half, p));
       }
     }
 }

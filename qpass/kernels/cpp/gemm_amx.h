@@ -23,6 +23,7 @@ constexpr int32_t kNear = 0x7f, kFar = 0x80;
 // The B tiles of a segment, [chunk][vector][step][64 bytes], made one vector of a chunk at a time.
 template <class F>
 struct Filling {
+  static constexpr int kVectorBytes = F::chunk_bytes / kVectors;
   const Codes<F> codes{};
   const Segment segment;
   uint8_t* panel;
@@ -36,10 +37,10 @@ struct Filling {
   QPASS_INLINE void vector(int chunk, int v) const {
     const uint8_t* w = segment.codes + chunk * F::chunk_bytes;
     uint8_t* to = panel + (chunk * kVectors + v) * F::steps * kRow;
+    prefetch_ahead_of<F>(w + v * kVectorBytes, w + (v + 1) * kVectorBytes);
 #pragma GCC unroll 2
     for (int r = 0; r < F::code_rows; r++) {
       const int at = v * F::code_rows + r, half = F::bits == 3 ? at % 2 : 0;
-      prefetch_ahead_of_row<F>(w, at);
 #pragma GCC unroll 8
       for (int p = 0; p < F::planes; p++) {
         auto operand = codes.plane(row_of<F>(w, at, half), half, p);
@@ -132,9 +133,7 @@ QPASS_INLINE void multiply(const uint8_t* w, const uint8_t* x, int chunks, float
     constexpr int V = J % kVectors, t = J / kVectors % T::of_chunk, c = J / kVectors / T::of_chunk, B = V == 3 ? 5 : 5 + V;
     if (F::grouped || c < chunks) {
       const uint8_t* b = w + c * F::panel_chunk_bytes + (V * F::steps + t * T::steps) * kRow;
-      if constexpr (Streams)
-#pragma GCC unroll 16
-        for (int r = 0; r < T::steps; r++) prefetch(ahead_of<F>(b + r * kRow));
+      if constexpr (Streams) prefetch_ahead_of<F>(b, b + T::steps * kRow);
       if constexpr (V == 0) stream<4>(x + (c * T::of_chunk + t) * T::steps * 4, F::segment * F::element);
       load<B>(b, kRow);
       if constexpr (J < kVectors) store_sums<V>(before), zero<V>();
@@ -203,9 +202,10 @@ void multiply_span(const uint8_t* weights, int64_t k, const Prepared<F>& p, int6
 
 // The same over all of K, span after span, for `blocks` blocks in turn: they find the span's activations in the L2 cache.
 // total: [blocks][total_rows][64]; sums that accumulate stay what they are, for the epilogue to scale.
-template <class F>
+// `between` runs now and then where they do.
+template <class F, class Between>
 void multiply_blocks(const uint8_t* weights, int64_t blocks, int64_t k, const Prepared<F>& p, int64_t row, int64_t rows,
-                     float* total, int64_t total_rows, uint8_t* panel) {
+                     float* total, int64_t total_rows, uint8_t* panel, Between&& between) {
   const int64_t spans = rows <= kFew ? 1 : ceil_div(p.segments, kSpanSegments<F>), length = ceil_div(p.segments, spans);
   for (int64_t begin = 0; begin < p.segments; begin += length) {
     const int64_t end = begin + length < p.segments ? begin + length : p.segments;
@@ -216,7 +216,7 @@ void multiply_blocks(const uint8_t* weights, int64_t blocks, int64_t k, const Pr
         const bool last = b + 1 == blocks, done = end == p.segments;
         const uint8_t* next = last && !done ? weights : block + F::block_bytes(k);
         Accumulator<F>::span(block, k, p, row, rows, begin, end, totals,
-                             segment_of<F>(next, k, p.segments, !last ? begin : done ? 0 : end).codes, panel);
+                             segment_of<F>(next, k, p.segments, !last ? begin : done ? 0 : end).codes, panel, between);
       } else {
         multiply_span<F>(block, k, p, row, rows, begin, end, totals, panel);
       }

@@ -25,24 +25,22 @@ QPASS_INLINE void prefetch_row(const uint8_t* chunk, int row) {
   for (int line = F::lines(row); line < F::lines(row + 1); line++) prefetch(chunk + line * kRow);
 }
 
-// What is asked for when the line at p is used. A line after the other waits in one of a core's few line fill buffers, which
-// what is used now needs too. With pages in turns the hardware's prefetcher, which has no such limit, runs ahead in each.
-// `Rows`: of a tile of vectors, some of which leave no time for an address a line; 0 of AMX's.
+// Asks for as much as lies from `from` to `to`, ahead of it. A line after the other waits in one of a core's few line fill
+// buffers, which what is used now needs too. With pages in turns the hardware's prefetcher, which has no such limit, runs
+// ahead in each: lines lie in so many pages at the same place, and where some lines share an address, it is computed once.
+// Who calls it piece by piece, and for scales and zeros too, asks for each line once.
+// `Rows`: of a tile of vectors, some of which leave no time for addresses; 0 of AMX's.
 template <class F, int Rows = 0>
-QPASS_INLINE const uint8_t* ahead_of(const uint8_t* p) {
-  constexpr uint64_t kPage = 4096, kPages = QPASS_PREFETCH_PAGES;
-  constexpr bool busy = Rows > 0 && (F::a16 || (F::bits == 8 && Rows == 1));
-  if constexpr (kPages == 0 || busy) return p + QPASS_PREFETCH_BYTES;
-  else {
-    static_assert((kPages & (kPages - 1)) == 0, "addresses are cut by bits");
-    const uint64_t at = (uint64_t)p, line = at / kRow, region = at & ~(kPages * kPage - 1);
-    return (const uint8_t*)(region + kPages * kPage + line % kPages * kPage + line / kPages % (kPage / kRow) * kRow);
+QPASS_INLINE void prefetch_ahead_of(const uint8_t* from, const uint8_t* to) {
+  constexpr bool busy = Rows > 0 && (F::a16 || (F::bits == 8 && Rows == 1)), turns = QPASS_PREFETCH_PAGES > 0 && !busy;
+  constexpr uint64_t kPage = 4096, kPages = turns ? QPASS_PREFETCH_PAGES : 1, lines = turns ? kVectors : 1, bytes = lines * kRow;
+  static_assert((kPages & (kPages - 1)) == 0 && kPages % lines == 0, "addresses are cut by bits");
+  for (uint64_t at = (uint64_t)from & -bytes; at < ((uint64_t)to & -bytes); at += bytes) {
+    const uint64_t line = at / kRow, region = at & ~(kPages * kPage - 1);
+    const uint64_t place = region + kPages * kPage + line % kPages * kPage + line / kPages % (kPage / kRow) * kRow;
+    const uint8_t* ahead = turns ? (const uint8_t*)place : (const uint8_t*)at + QPASS_PREFETCH_BYTES;
+    for (uint64_t i = 0; i < lines; i++) prefetch(ahead + i * kPage);
   }
-}
-
-template <class F, int Rows = 0>
-QPASS_INLINE void prefetch_ahead_of_row(const uint8_t* chunk, int row) {
-  for (int line = F::lines(row); line < F::lines(row + 1); line++) prefetch(ahead_of<F, Rows>(chunk + line * kRow));
 }
 
 // One segment of one group.
@@ -91,7 +89,7 @@ QPASS_INLINE void prefetch_tail(const Segment& s, int64_t ahead) {
 }
 template <class F, int Rows = 0>
 QPASS_INLINE void prefetch_ahead_of_tail(const Segment& s) {
-  for (const uint8_t* line = s.scales; line < s.zeros + kBlock * F::zero_bytes; line += kRow) prefetch(ahead_of<F, Rows>(line));
+  prefetch_ahead_of<F, Rows>(s.scales, s.zeros + kBlock * F::zero_bytes);
 }
 
 }  // namespace qpass

@@ -52,6 +52,7 @@ QPASS_INLINE I32 and_(I32 x, I32 y) { return {_mm256_and_si256(x.a, y.a), _mm256
 QPASS_INLINE I32 or_(I32 x, I32 y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 QPASS_INLINE I32 xor_(I32 x, I32 y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
 QPASS_INLINE I32 mul16(I32 x, I32 y) { return {_mm256_mullo_epi16(x.a, y.a), _mm256_mullo_epi16(x.b, y.b)}; }
+QPASS_INLINE I32 mulhi16(I32 x, I32 y) { return {_mm256_mulhi_epu16(x.a, y.a), _mm256_mulhi_epu16(x.b, y.b)}; }  // unsigned
 QPASS_INLINE I32 sub8(I32 x, I32 y) { return {_mm256_sub_epi8(x.a, y.a), _mm256_sub_epi8(x.b, y.b)}; }
 QPASS_INLINE I32 times4(I32 x) {  // the lowest byte of each lane, in all four
   const __m256i lowest = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);

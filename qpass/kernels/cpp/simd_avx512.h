@@ -33,6 +33,7 @@ QPASS_INLINE I32 and_(I32 a, I32 b) { return _mm512_and_si512(a, b); }
 QPASS_INLINE I32 or_(I32 a, I32 b) { return _mm512_or_si512(a, b); }
 QPASS_INLINE I32 xor_(I32 a, I32 b) { return _mm512_xor_si512(a, b); }
 QPASS_INLINE I32 mul16(I32 a, I32 b) { return _mm512_mullo_epi16(a, b); }
+QPASS_INLINE I32 mulhi16(I32 a, I32 b) { return _mm512_mulhi_epu16(a, b); }  // unsigned
 QPASS_INLINE I32 sub8(I32 a, I32 b) { return _mm512_sub_epi8(a, b); }
 QPASS_INLINE I32 times4(I32 a) { return _mm512_shuffle_epi8(a, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0)); }  // the lowest byte of each lane, in all four
 QPASS_INLINE I32 max(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
