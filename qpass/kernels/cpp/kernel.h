@@ -101,8 +101,9 @@ struct Kernel {
 
   static int64_t total_rows(const QpassCall& c) { return round_up(c.rows_per_task * terms(c), kLanes); }
   static int64_t total_floats(const QpassCall& c) { return total_rows(c) * c.blocks_per_task * (c.glu ? 2 : 1) * kBlock; }
-  // Few rows are stored while the next block is multiplied: the memory, whose rate their time is, has no pause then.
-  static bool defers(const QpassCall& c) { return kAccumulates<F> && tiles(c) && total_rows(c) <= kLanes; }
+  // Few rows are stored one by one while the next block is multiplied: the memory, whose rate their time is, has no pause
+  // then. With outliers, rows share the reading of their weight instead.
+  static bool defers(const QpassCall& c) { return kAccumulates<F> && tiles(c) && !c.outliers && total_rows(c) <= kLanes; }
   static int64_t scratch_bytes(const QpassCall* c) {
     return total_floats(*c) * (1 + defers(*c)) * int64_t(sizeof(float)) + kPanelBytes;
   }
