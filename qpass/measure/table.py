@@ -137,7 +137,9 @@ def speculation_markdown(records: Iterable[Record]) -> str:
         costs = [(k, r.value / r.settings["plain_ms"]) for (name, k), r in verified.items() if name == scheme and k]
         parts.append(
             f"\nVerifying K drafted tokens with `{scheme}` over one plain step, at {one_of(verified, scheme).settings['context']} "
-            "tokens of context: " + ", ".join(f"{cost:.2f} (K = {k})" for k, cost in costs) + "."
+            "tokens of context: "
+            + ", ".join(f"{cost:.2f} (K = {k})" for k, cost in costs)
+            + f". Commit {one_of(verified, scheme).commit}."
         )
     return "\n".join(parts)
 
